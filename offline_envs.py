@@ -1,0 +1,236 @@
+"""D4RL's tasks for today's Gymnasium: the environments, datasets and reference scores, without mujoco_py.
+
+This module is a Gymnasium plugin. It is never imported, Gymnasium loads it by name:
+
+    env = gymnasium.make("offline_envs:hopper-expert-v2")
+    dataset = env.get_wrapper_attr("get_dataset")()                        # dict of arrays in D4RL's layout
+    score = 100 * env.get_wrapper_attr("get_normalized_score")(episode_return)
+
+| names                                                | physics behind them                                      |
+|------------------------------------------------------|----------------------------------------------------------|
+| {hopper,halfcheetah,walker2d,ant}-*-v{0,1,2}         | Gymnasium's `-v4` environments                           |
+| door-{human,cloned,expert}-v{0,1}                    | Gymnasium-Robotics' AdroitHandDoor, D4RL's reward        |
+| maze2d-{umaze,medium,large}-v1, ...-dense-v1         | Gymnasium-Robotics' point, D4RL's mazes and coordinates  |
+| maze2d-large-demos-v1                                | the same, from a fixed start; its data is in demos/      |
+
+Datasets are read from ~/.d4rl/datasets (or $D4RL_DATASET_DIR) and downloaded there once. `get_dataset(path)` reads
+any other file. URLs and reference scores are those of D4RL 1.1 (Fu et al., 2020, arXiv:2004.07219).
+"""
+
+import os
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+from gymnasium_robotics.envs.adroit_hand.adroit_door import AdroitHandDoorEnv
+from gymnasium_robotics.envs.maze import point
+from gymnasium_robotics.envs.maze.maze_v4 import Maze
+from tqdm import tqdm
+
+SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+DEMOS = Path(__file__).parent / "demos"
+
+# D4RL's names carry the version of the *dataset*; Gymnasium would advise "hopper-expert-v2" in place of v0.
+warnings.filterwarnings("ignore", message=r".*The environment .*-v\d is out of date.*")
+
+
+# --- Datasets and scores ---
+
+
+class OfflineEnv(gym.Wrapper):
+    """An environment that knows its D4RL dataset and reference scores.
+
+    `dataset` is the URL of an HDF5 file, or the path of one that ships with this module.
+    `ref_min_score` and `ref_max_score` are the returns of a random and of an expert policy: D4RL's 0 and 1.
+    """
+
+    def __init__(self, env, dataset, ref_min_score, ref_max_score):
+        super().__init__(env)
+        self.dataset, self.ref_min_score, self.ref_max_score = dataset, ref_min_score, ref_max_score
+
+    def get_normalized_score(self, episode_return):
+        """0 for D4RL's random policy, 1 for its expert. The tables of papers print 100 times this number."""
+        return (episode_return - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
+
+    @property
+    def dataset_filepath(self):
+        """Where the dataset lies, or will lie once downloaded."""
+        if isinstance(self.dataset, Path):
+            return self.dataset
+        folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+        return folder / self.dataset.rsplit("/", 1)[-1]
+
+    def get_dataset(self, h5path=None):
+        """Returns the file's `observations (N, O)`, `actions (N, A)`, `rewards (N,)`, `terminals (N,)`, and
+        `timeouts (N,)` and `next_observations (N, O)` where the file has them. Raises OSError with one sentence
+        when the file cannot be had or read."""
+        path = Path(h5path or self.dataset_filepath)
+        if h5path is None and not path.exists() and not isinstance(self.dataset, Path):
+            download(self.dataset, path)
+        keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+        try:
+            with h5py.File(path) as file:
+                return {key: file[key][:] for key in keys if key in file}
+        except OSError as error:
+            raise OSError(f"{path} cannot be read as HDF5 ({error}): delete it to download it again.") from error
+
+
+def download(url, path):
+    """Downloads `url` to `path`, whole or not at all: under a temporary name first, renamed once its size is right."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    by_hand = f"Download it by hand and put it at {path}, or pass --dataset-path."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+            size = int(response.headers["Content-Length"])
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := response.read(1 << 20):
+                    bar.update(file.write(chunk))
+        if part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
+        part.rename(path)
+    except (OSError, TypeError) as error:  # TypeError: the server named no length to check against
+        reason = getattr(error, "reason", None) or error
+        raise OSError(f"{url} could not be downloaded ({reason}). {by_hand}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- Environments that differ from today's packages ---
+
+
+class PadObservation(gym.ObservationWrapper):
+    """D4RL's Ant observes 84 contact forces that its MuJoCo always reported as zero: (27,) becomes (111,)."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (111,), np.float64)
+
+    def observation(self, observation):
+        return np.concatenate([observation, np.zeros(84)])
+
+
+class Door(AdroitHandDoorEnv):
+    """AdroitHandDoor with D4RL's reward. Gymnasium-Robotics 1.4 rewards the palm for leaving the handle,
+    +0.1 |palm - handle|, where D4RL has -0.1; the difference vector is observed at [35:38]."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, float(reward - 0.2 * np.linalg.norm(obs[35:38])), terminated, truncated, info
+
+
+MAZES = {
+    "umaze": "##### #GOO# ###O# #OOO# #####",
+    "medium": "######## #OO##OO# #OO#OOO# ##OOO### #OO#OOO# #O#OO#O# #OOO#OG# ########",
+    "large": "############ #OOOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# #OO#O#OOOOO# ##O#O#O#O### #OO#OOO#OGO# "
+    "############",
+}
+
+
+class Maze2d(point.PointEnv):
+    """D4RL's maze2d: a force-actuated ball, reward 1 within 0.5 of the goal (dense: exp(-distance)), no termination.
+
+    The observation is (x, y, vx, vy) in D4RL's coordinates, where cell (row, column) of the maze is reached at
+    about x = row, y = column. An episode starts in a random free cell, or always in `start`.
+    """
+
+    def __init__(self, maze, dense=False, start=None, render_mode=None):
+        cells = np.array([list(row) for row in MAZES[maze].split()])
+        # Gymnasium-Robotics draws a maze from above, D4RL by matrix index: a quarter turn and a shift apart.
+        walls = np.rot90(cells == "#").astype(int).tolist()
+        _, xml_file = Maze.make_maze(str(Path(point.__file__).parent / "../assets/point/point.xml"), walls, 1, 0.4)
+        super().__init__(xml_file=xml_file, render_mode=render_mode)
+        os.remove(xml_file)
+        self.cells, self.offset = cells, np.array(cells.shape) / 2 - 0.7
+        self.goal = np.argwhere(cells == "G")[0]
+        self.starts = np.concatenate([np.argwhere(cells == "O"), [self.goal]]) if start is None else np.array([start])
+        self.dense = dense
+
+    def _get_obs(self):
+        return np.concatenate([self.data.qpos + self.offset, self.data.qvel]), {}
+
+    def step(self, action):
+        obs, *_, info = super().step(action)
+        distance = np.linalg.norm(obs[:2] - self.goal)
+        reward = np.exp(-distance) if self.dense else distance <= 0.5
+        return obs, float(reward), False, False, info
+
+    def reset_model(self):
+        cell = self.starts[self.np_random.integers(len(self.starts))]
+        position = cell + self.np_random.uniform(-0.1, 0.1, size=2)
+        self.set_state(position - self.offset, 0.1 * self.np_random.standard_normal(2))
+        return self._get_obs()[0]
+
+
+# --- D4RL's names ---
+
+
+def make(base, dataset, ref_min_score, ref_max_score, render_mode=None, **kwargs):
+    """The entry point behind every name: the environment `base` with its dataset and reference scores."""
+    if isinstance(base, str):
+        with warnings.catch_warnings():  # "-v4 is out of date": it is the version whose physics is D4RL's
+            warnings.simplefilter("ignore")
+            env = gym.make(base, render_mode=render_mode, **kwargs).unwrapped
+    else:
+        env = base(render_mode=render_mode, **kwargs)
+    if base == "Ant-v4":
+        env = PadObservation(env)
+    return OfflineEnv(env, dataset, ref_min_score, ref_max_score)
+
+
+def register(name, steps, **kwargs):
+    gym.register(name, entry_point=f"{__name__}:make", max_episode_steps=steps, kwargs=kwargs)
+
+
+LOCOMOTION = {  # return of a random and of an expert policy
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+    "ant": ("Ant-v4", -325.6, 3879.7),
+}
+for robot, (base, low, high) in LOCOMOTION.items():
+    for data in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
+        file = f"{robot}_{data}".replace("-", "_")
+        # The first version of the files had no full-replay, and called the replay data "mixed".
+        first = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
+        urls = [f"{SERVER}/gym_mujoco/{first}.hdf5"] if data != "full-replay" else [None]
+        urls += [f"{SERVER}/gym_mujoco_v{version}/{file}-v{version}.hdf5" for version in (1, 2)]
+        for version, url in enumerate(urls):
+            if url is not None:
+                name = f"{robot}-{data}-v{version}"
+                register(name, 1000, base=base, dataset=url, ref_min_score=low, ref_max_score=high)
+
+DOOR_V0 = {"human": "door-v0_demos_clipped", "cloned": "door-demos-v0-bc-combined", "expert": "door-v0_expert_clipped"}
+for data, file in DOOR_V0.items():
+    for version, url in enumerate([f"hand_dapg/{file}.hdf5", f"hand_dapg_v1/door-{data}-v1.hdf5"]):
+        scores = {"ref_min_score": -56.512833, "ref_max_score": 2880.5693087298737}
+        register(f"door-{data}-v{version}", 200, base=Door, dataset=f"{SERVER}/{url}", **scores)
+
+MAZE2D = {  # steps, then the return of a random and of an expert policy: sparse reward, dense reward
+    "umaze": (300, (23.85, 161.86), (68.537689, 193.66285642381482)),
+    "medium": (600, (13.13, 277.39), (44.264742, 297.4552547777125)),
+    "large": (800, (6.7, 273.99), (30.569041, 303.4857382709002)),
+}
+for maze, (steps, *returns) in MAZE2D.items():
+    for reward, (low, high) in zip(("sparse", "dense"), returns, strict=True):
+        name = f"maze2d-{maze}-v1" if reward == "sparse" else f"maze2d-{maze}-dense-v1"
+        kwargs = {"maze": maze, "dense": reward == "dense", "ref_min_score": low, "ref_max_score": high}
+        url = f"{SERVER}/maze2d/maze2d-{maze}-{reward}-v1.hdf5"
+        register(name, steps, base=Maze2d, dataset=url, **kwargs)
+
+# The diagnosis experiment of SAQ (Luo et al., 2023, Sec. 4.3): one start, three demonstrations. The paper does not
+# name its start cell; (1, 1) is the corner opposite to the goal.
+register(
+    "maze2d-large-demos-v1",
+    800,
+    base=Maze2d,
+    maze="large",
+    start=(1, 1),
+    dataset=DEMOS / "maze2d-large-demos-v1.hdf5",
+    ref_min_score=6.7,
+    ref_max_score=273.99,
+)

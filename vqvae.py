@@ -1,0 +1,257 @@
+"""The state-conditioned action quantizer of SAQ (Luo et al., "Action-Quantized Offline Reinforcement Learning for
+Robotic Skill Learning", CoRL 2023, arXiv:2310.11731): a VQ-VAE that turns each action into one of K codes.
+
+    vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
+    for step, info in fit(vqvae, obs, actions, steps=20_000):  # obs (N, O), actions (N, A) in [-1, 1], float32
+        ...                                                    # log info, save vqvae.state_dict(), ...
+    codes = vqvae.encode(obs, actions)                         # (N,)    which code each action became
+    actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
+
+Sizes, initialisation and loss scales are those of the authors' JAX code, which differs from the paper's equations in
+scale; `forward` says where. The `accelerate` at the end makes a training step fast; every script here uses it.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def mlp(in_dim, out_dim, hidden=(512, 512)):
+    """A ReLU network initialised like the authors' Flax networks: LeCun normal (truncated at two standard deviations),
+    the last layer uniform with variance 0.01 / fan_in, biases zero."""
+    sizes = [in_dim, *hidden, out_dim]
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        layer = nn.Linear(fan_in, fan_out)
+        std = fan_in**-0.5 / 0.8796  # 0.8796: what truncation leaves of a standard normal's deviation
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.ReLU()]
+    nn.init.uniform_(layer.weight, -((0.03 / fan_in) ** 0.5), (0.03 / fan_in) ** 0.5)
+    return nn.Sequential(*layers[:-1])
+
+
+class ActionVQVAE(nn.Module):
+    """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s).
+
+    `action_only` is the paper's ablation (Table 3): every network sees zeros in place of the state.
+    """
+
+    def __init__(self, obs_dim, action_dim, num_codes=64, code_dim=128, hidden=(512, 512), action_only=False, lr=3e-4):
+        super().__init__()
+        self.num_codes, self.action_only = num_codes, action_only
+        self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
+        self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
+        self.prior = mlp(obs_dim, num_codes, hidden)
+        # Flax's variance scaling reads fan_in = K off the codebook's shape (K, D), so its scale depends on K, not on D.
+        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim).uniform_(-1, 1) * (3 / num_codes) ** 0.5)
+        self.optimizer = adam(self.parameters(), lr)
+
+    def embed(self, obs, actions):
+        """Encoder outputs z (B, D)."""
+        return self.encoder(torch.cat([self.condition(obs), actions], -1))
+
+    def nearest(self, z):
+        """Index of the nearest code (B,): argmin_k ||z - e_k||^2, leaving out the ||z||^2 that all codes share."""
+        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(-1)
+
+    def encode(self, obs, actions):
+        """obs (B, O), actions (B, A) -> codes (B,), int64."""
+        return self.nearest(self.embed(obs, actions))
+
+    def decode(self, obs, codes):
+        """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
+        return self.decoder(torch.cat([self.condition(obs), self.codebook[codes]], -1))
+
+    def prior_logits(self, obs):
+        """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
+        return self.prior(self.condition(obs))
+
+    def condition(self, obs):
+        return torch.zeros_like(obs) if self.action_only else obs
+
+    def forward(self, obs, actions):
+        """The training loss, Eq. 8 and 11 of the paper at the scales of the authors' code: the reconstruction error is
+        summed over action dimensions, the two codebook terms are averaged over the D code dimensions."""
+        z = self.embed(obs, actions)  # (B, D)
+        codes = self.nearest(z)  # (B,)
+        e = F.one_hot(codes, self.num_codes).to(z.dtype) @ self.codebook  # (B, D)
+        # Straight-through: the decoder reads e, its gradient goes to z as if nothing had been rounded.
+        z_q = z + (e - z).detach()
+        reconstruction = self.decoder(torch.cat([self.condition(obs), z_q], -1))  # (B, A)
+        reconstruction_loss = (reconstruction - actions).square().sum(-1).mean()
+        commitment_loss = (e.detach() - z).square().mean()  # draws encoder outputs to their codes
+        codebook_loss = (e - z.detach()).square().mean()  # draws codes to their encoder outputs
+        # The prior is a network of its own: trained at the same time, on targets that do not pass gradients back.
+        prior_loss = F.cross_entropy(self.prior_logits(obs), codes)
+        loss = reconstruction_loss + commitment_loss + codebook_loss + prior_loss
+        info = {
+            "loss": loss,
+            "reconstruction_loss": reconstruction_loss,
+            "commitment_loss": commitment_loss,
+            "codebook_loss": codebook_loss,
+            "prior_loss": prior_loss,
+        }
+        return loss, info
+
+    def update(self, obs, actions):
+        """One gradient step on obs (B, O), actions (B, A)."""
+        loss, info = self(obs, actions)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: value.detach() for name, value in info.items()}
+
+    @torch.no_grad()
+    def encode_dataset(self, obs, actions, chunk=4096):
+        """`encode` for any number of rows, in chunks that fit in memory."""
+        return torch.cat([self.encode(*rows) for rows in zip(obs.split(chunk), actions.split(chunk), strict=True)])
+
+    # Optimizer state travels with the weights: state_dict() is all that a fit needs to go on.
+    def get_extra_state(self):
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state):
+        self.optimizer.load_state_dict(state)
+
+
+# --- The fit and its codebook's health ---
+
+
+def fit(vqvae, obs, actions, steps, batch_size=256, revive_every=100, kmeans_init=False, start=0, compile=False):
+    """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
+    after each step, for the caller to log, save or stop.
+
+    revive_every: move dead codes to encoder outputs every so many steps; 0 for the paper's plain fit.
+    kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random.
+    """
+
+    def sample(size):
+        rows = torch.randint(len(obs), (size,), device=obs.device)
+        return obs[rows], actions[rows]
+
+    if kmeans_init and start == 0:
+        init_codebook(vqvae, *sample(4096))
+    update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile)
+    for step in range(start + 1, steps + 1):
+        info = update()
+        if revive_every and step % revive_every == 0:
+            revive_dead_codes(vqvae, *sample(4096))
+        yield step, info
+
+
+@torch.no_grad()
+def revive_dead_codes(vqvae, obs, actions):
+    """Moves every code that none of obs (B, O), actions (B, A) chose onto the encoder output of a random one of them.
+    A code far from all encoder outputs gets no gradient and would stay dead for good. Returns how many were moved."""
+    z = vqvae.embed(obs, actions)  # (B, D)
+    dead = torch.bincount(vqvae.nearest(z), minlength=vqvae.num_codes) == 0  # (K,)
+    rows = torch.randint(len(z), (vqvae.num_codes,), device=z.device)
+    vqvae.codebook.copy_(torch.where(dead[:, None], z[rows], vqvae.codebook))
+    return int(dead.sum())
+
+
+@torch.no_grad()
+def init_codebook(vqvae, obs, actions, iterations=10):
+    """k-means (Lloyd's algorithm) on the encoder outputs of obs (B, O), actions (B, A), from random ones of them."""
+    z = vqvae.embed(obs, actions)  # (B, D)
+    vqvae.codebook.copy_(z[torch.randint(len(z), (vqvae.num_codes,), device=z.device)])
+    for _ in range(iterations):
+        members = F.one_hot(vqvae.nearest(z), vqvae.num_codes).to(z.dtype)  # (B, K)
+        count = members.sum(0)[:, None]
+        vqvae.codebook.copy_(torch.where(count > 0, members.T @ z / count.clamp(min=1), vqvae.codebook))
+
+
+@torch.no_grad()
+def codebook_health(vqvae, obs, actions):
+    """How well the codes serve obs (N, O), actions (N, A). Returns a dict of floats:
+
+    used: share of the K codes that some action chose.
+    perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
+    reconstruction_error: mean squared error of one action dimension, and ..._a0, ..._a1 for each of them.
+    """
+    codes = vqvae.encode_dataset(obs, actions)
+    error = torch.zeros(actions.shape[1], device=obs.device)
+    for o, a, k in zip(obs.split(4096), actions.split(4096), codes.split(4096), strict=True):
+        error += (vqvae.decode(o, k) - a).square().sum(0) / len(obs)
+    use = torch.bincount(codes, minlength=vqvae.num_codes) / len(codes)  # (K,)
+    health = {
+        "used": (use > 0).float().mean().item(),
+        "perplexity": torch.special.entr(use).sum().exp().item(),
+        "reconstruction_error": error.mean().item(),
+    }
+    return health | {f"reconstruction_error_a{i}": e for i, e in enumerate(error.tolist())}
+
+
+# --- Speed ---
+
+
+def adam(parameters, lr, weight_decay=0.0):
+    """Adam, or AdamW where `weight_decay` is not 0, in the form that is fastest on the parameters' device."""
+    parameters = list(parameters)
+    on_cuda = parameters[0].is_cuda
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
+
+
+def accelerate(update, device, compile=True):
+    """Returns a function that does what `update` does, faster. `update` takes nothing and returns a dict of tensors.
+
+    CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph.
+    CPU: `compile` merges everything between the matrix products with torch.compile, backward pass included. That
+    needs a C++ compiler; without one it says so and `update` runs as it is.
+    """
+    step = with_compile(update) if compile else update
+    return with_cuda_graph(step) if device.type == "cuda" else step
+
+
+def with_compile(update):
+    torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
+    torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
+    compiled = torch.compile(update, options={"cpp_wrapper": True})
+
+    def step():
+        nonlocal compiled
+        try:
+            return compiled()
+        except Exception as error:
+            if compiled is update:
+                raise
+            print(f"torch.compile failed, training goes on without it. {type(error).__name__}: {error}"[:300])
+            compiled = update
+            return update()
+
+    return step
+
+
+def with_cuda_graph(update):
+    graph, stream, calls, info = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+
+    def step():
+        nonlocal calls, info
+        calls += 1
+        if calls <= 3:  # a few ordinary steps first, on a stream of their own, as CUDA graphs ask for
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                info = update()
+            torch.cuda.current_stream().wait_stream(stream)
+            return info
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                info = update()
+        graph.replay()
+        return info
+
+    return step
+
+
+def use_fast_matmul():
+    """Lets oneDNN run float32 matrix products on the CPU: on AMD processors it is about twice as fast as MKL.
+
+    "medium" also permits bfloat16, which processors with AMX then use; so the precision is tried out, and where it
+    is not that of float32 the setting is taken back."""
+    x = torch.rand(256, 256)
+    torch.set_float32_matmul_precision("medium")
+    if (x @ x - x.double() @ x.double()).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision("highest")
