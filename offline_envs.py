@@ -17,8 +17,9 @@ Datasets are read from ~/.d4rl/datasets (or $D4RL_DATASET_DIR) and downloaded th
 any other file. URLs and reference scores are those of D4RL 1.1 (Fu et al., 2020, arXiv:2004.07219).
 """
 
+import contextlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
@@ -26,10 +27,12 @@ from pathlib import Path
 import gymnasium as gym
 import h5py
 import numpy as np
-from gymnasium_robotics.envs.adroit_hand.adroit_door import AdroitHandDoorEnv
-from gymnasium_robotics.envs.maze import point
-from gymnasium_robotics.envs.maze.maze_v4 import Maze
 from tqdm import tqdm
+
+with contextlib.redirect_stderr(None):  # the package warns of the door's reward, which Door below repairs
+    from gymnasium_robotics.envs.adroit_hand.adroit_door import AdroitHandDoorEnv
+    from gymnasium_robotics.envs.maze import point
+    from gymnasium_robotics.envs.maze.maze_v4 import Maze
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 DEMOS = Path(__file__).parent / "demos"
@@ -55,6 +58,12 @@ class OfflineEnv(gym.Wrapper):
     def get_normalized_score(self, episode_return):
         """0 for D4RL's random policy, 1 for its expert. The tables of papers print 100 times this number."""
         return (episode_return - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
+
+    def provenance(self, h5path=None):
+        """What a score over the data in `h5path`, by default the task's own, may be compared with: one sentence."""
+        official = isinstance(self.dataset, str) and Path(h5path or self.dataset).name == Path(self.dataset).name
+        data = "the data are D4RL's" if official else "the data are not D4RL's, so do not compare with D4RL's tables"
+        return f"Score: 0 at a return of {self.ref_min_score:g}, 100 at {self.ref_max_score:g}; {data}."
 
     @property
     def dataset_filepath(self):
@@ -93,7 +102,7 @@ def download(url, path):
         if part.stat().st_size != size:
             raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
         part.rename(path)
-    except (OSError, TypeError) as error:  # TypeError: the server named no length to check against
+    except (OSError, http.client.HTTPException, TypeError) as error:  # TypeError: no length to check against
         reason = getattr(error, "reason", None) or error
         raise OSError(f"{url} could not be downloaded ({reason}). {by_hand}") from error
     finally:

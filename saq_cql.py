@@ -25,19 +25,31 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium as gym
-import h5py
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from vqvae import ActionVQVAE, accelerate, adam, codebook_health, fit, mlp, use_fast_matmul
+from vqvae import (  # fmt: skip
+    ActionVQVAE,
+    UserError,
+    accelerate,
+    adam,
+    codebook_health,
+    fit,
+    load_arrays,
+    make_transitions,
+    mlp,
+    polyak_update,
+    use_fast_matmul,
+)
+
+SCRIPT = Path(__file__).stem
 
 # --- Arguments ---
 
@@ -123,7 +135,7 @@ PLAIN = dict(num_codes=64, revive_every=0, average=0.0)
 
 
 def parse_args():
-    """Command line > the task's row > class defaults. A resumed run takes the arguments it was started with."""
+    """A flag on the command line > the task's row of HPARAMS > Args. A resumed run starts from its own arguments."""
     args = tyro.cli(Args, description=__doc__)
     folder = args.resume or args.eval_only
     if folder:
@@ -131,170 +143,90 @@ def parse_args():
             saved = json.loads((Path(folder) / "args.json").read_text())["args"]
             default = Args(**{**saved, "resume": args.resume, "eval_only": args.eval_only})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"{folder} is not a run folder of this script ({error}): name the folder that holds args.json.")
+            raise UserError(f"{folder} is not the folder of a run of this script: {error}.") from error
     else:
-        row = max((prefix for prefix in HPARAMS if args.env.startswith(prefix)), key=len, default=None)
-        row = HPARAMS.get(row, {}) | (PLAIN if args.plain else {})
+        prefix = max((prefix for prefix in HPARAMS if args.env.startswith(prefix)), key=len, default=None)
+        row = HPARAMS.get(prefix, {}) | (PLAIN if args.plain else {})
         default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
-    again = tyro.cli(Args, default=default)
-    if folder and again.env != default.env:
-        fail(f"{folder} holds a run of {default.env}, not of {again.env}: leave out --env.")
-    return again
-
-
-def fail(message):
-    """Ends the program over something its user can mend: one sentence, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --- Data ---
-
-
-class Transitions(NamedTuple):
-    """N transitions, float32. A terminal means "nothing follows, do not bootstrap"; a time limit is no terminal."""
-
-    obs: torch.Tensor  # (N, O)
-    actions: torch.Tensor  # (N, A), in [-1, 1]
-    rewards: torch.Tensor  # (N,)
-    next_obs: torch.Tensor  # (N, O)
-    terminals: torch.Tensor  # (N,)
-    codes: torch.Tensor  # (N,), int64: what the quantizer made of the actions
-
-
-def sample(data, batch_size):
-    """A batch of transitions, uniformly with replacement."""
-    rows = torch.randint(len(data.obs), (batch_size,), device=data.obs.device)
-    return Transitions(*(column[rows] for column in data))
-
-
-def make_env(name):
-    """The environment and its Gymnasium id: a D4RL name from offline_envs.py, or any id that Gymnasium knows."""
-    if name == "none":
-        return None, None
-    reasons = []
-    for env_id in (f"offline_envs:{name}", name):
-        try:
-            return gym.make(env_id), env_id
-        except (gym.error.Error, ImportError) as error:
-            reasons.append(str(error).rstrip("."))
-    fail(f"there is no environment {name} ({'; '.join(reasons)}).")
-
-
-def load_dataset(args, env):
-    """Reads the dataset; returns a dict of arrays, and in words where they come from."""
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-    own = env.get_wrapper_attr("dataset_filepath") if env and env.has_wrapper_attr("get_dataset") else None
-    path = args.dataset_path or own
-    if path is None:
-        fail(f"{args.env} has no dataset of its own: pass --dataset-path.")
-    try:
-        if args.dataset_path is None:
-            arrays = env.get_wrapper_attr("get_dataset")()
-        elif path.endswith(".npz"):
-            with np.load(path) as file:
-                arrays = {key: file[key] for key in keys if key in file}
-        else:
-            with h5py.File(path) as file:
-                arrays = {key: file[key][:] for key in keys if key in file}
-    except Exception as error:  # h5py and numpy raise a dozen types over a damaged file
-        fail(f"{path} cannot be read ({type(error).__name__}: {error}).")
-    return arrays, str(path)
-
-
-def make_transitions(arrays, env, device):
-    """Checks D4RL's arrays and turns them into Transitions; returns them and the return of each episode."""
-    if env is not None and not (isinstance(env.action_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-        fail(f"{env.spec.id} has actions or observations that are no vectors: this script needs flat Box spaces.")
-    columns = {}
-    for key, dims in dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, next_observations=2).items():
-        if key not in arrays and key in ("timeouts", "next_observations"):
-            continue
-        if key not in arrays:
-            fail(f"the dataset has no {key}: D4RL's layout is observations, actions, rewards, terminals, timeouts.")
-        try:
-            column = np.asarray(arrays[key], np.float32)
-        except (TypeError, ValueError):
-            fail(f"the dataset's {key} are no numbers, they are {np.asarray(arrays[key]).dtype}.")
-        column = column[:, 0] if dims == 1 and column.ndim == 2 and column.shape[1] == 1 else column
-        if column.ndim != dims or column.size == 0 or len(column) != len(arrays["observations"]):
-            fail(f"the dataset's {key} have shape {column.shape}, its observations {arrays['observations'].shape}.")
-        bad = np.flatnonzero(~np.isfinite(column.reshape(len(column), -1)).all(1))
-        if len(bad) > 0:
-            fail(f"the dataset's {key} are not finite in {len(bad)} rows, first in row {bad[0]}: remove those episodes.")
-        columns[key] = column
-    obs, actions, rewards = columns["observations"], columns["actions"], columns["rewards"]
-    if env is not None:
-        for name, column, space in [("observations", obs, env.observation_space), ("actions", actions, env.action_space)]:
-            if column.shape[1:] != space.shape:
-                fail(f"the dataset's {name} have size {column.shape[1]}, those of {env.spec.id} {space.shape[0]}.")
-        low, high = env.action_space.low, env.action_space.high
-        actions = actions if in_unit_box(env.action_space) else 2 * (actions - low) / (high - low) - 1
-    outside = np.abs(actions) > 1
-    if outside.any():
-        print(f"warning: {outside.any(1).sum()} of {len(actions)} actions leave [-1, 1] (up to {np.abs(actions).max():.2f}): clipped")
-        actions = actions.clip(-1, 1)
-
-    # Where episodes end. Files without timeouts are cut where the environment's time limit would have struck.
-    terminals = columns["terminals"] > 0
-    ends = terminals | (columns["timeouts"] > 0) if "timeouts" in columns else terminals.copy()
-    limit = env.spec.max_episode_steps if env is not None else None
-    if "timeouts" not in columns and limit:
-        step = 0
-        for row, terminal in enumerate(terminals):
-            step = 0 if terminal else step + 1
-            if step == limit:
-                ends[row], step = True, 0
-    if not ends.any():
-        fail("the dataset marks no episode ends: set terminals or timeouts in the last row of each episode.")
-    ends[-1] = True
-    returns = np.add.reduceat(rewards, np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1]))
-
-    # The next observation is the next row, unless the file holds it. Where an episode ends for any other reason than a
-    # terminal state, what follows is unknown and the transition is dropped.
-    next_obs = columns.get("next_observations", np.roll(obs, -1, 0))
-    keep = np.ones_like(ends) if "next_observations" in columns else terminals | ~ends
-    columns = [obs, actions, rewards, next_obs, terminals.astype(np.float32), np.zeros(len(obs), np.int64)]
-    return Transitions(*(torch.as_tensor(column[keep], device=device) for column in columns)), returns
-
-
-def in_unit_box(space):
-    return bool((space.low == -1).all() and (space.high == 1).all())
+        print(f"hyperparameters for {prefix or 'any task'}: {row or 'the defaults'}")
+    args = tyro.cli(Args, default=default)
+    if args.env != default.env:
+        raise UserError(f"{folder} holds a run of {default.env}, not of {args.env}: leave out --env.")
+    if args.compile is None:
+        args.compile = args.steps >= 50_000
+    return args
 
 
 # --- Evaluation ---
 
 
-def make_eval_envs(env, env_id, episodes):
-    wrappers = None if in_unit_box(env.action_space) else [lambda e: gym.wrappers.RescaleAction(e, -1.0, 1.0)]
-    return gym.make_vec(env_id, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=wrappers)
+def make_env(name):
+    """The environment and its id: a D4RL name from offline_envs.py or any Gymnasium id; (None, None) for "none"."""
+    reasons = []
+    for env_id in (f"offline_envs:{name}", name) if name != "none" else ():
+        try:
+            env = gym.make(env_id)
+        except (gym.error.Error, ImportError) as error:
+            reasons.append(str(error).rstrip("."))
+            continue
+        if not isinstance(env.action_space, gym.spaces.Box) or len(env.observation_space.shape or ()) != 1:
+            raise UserError(f"{name} must have flat Box spaces for its observations and actions.")
+        return env, env_id
+    if reasons:
+        raise UserError(f"there is no environment {name}: {'; '.join(reasons)}.")
+    return None, None
+
+
+def make_eval_envs(env_id, episodes):
+    rescale = [lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
+    return gym.make_vec(env_id, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=rescale)
+
+
+def scoring(env, args):
+    """The function from returns to scores, and a sentence that says what such a score may be compared with."""
+    if env is None or not env.has_wrapper_attr("get_normalized_score"):
+        return float, "The score is the return itself."
+    normalized = env.get_wrapper_attr("get_normalized_score")
+    return lambda value: 100 * normalized(value), env.get_wrapper_attr("provenance")(args.dataset_path)
 
 
 @torch.no_grad()
-def evaluate(act, envs, episodes, seed, device):
-    """The returns (E,) of `episodes` episodes, a batch of environments at a time; episode i is seeded seed + i."""
+def evaluate(act, envs, episodes, device, seed=1_000):
+    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i."""
     returns = []
-    for first in range(0, episodes, envs.num_envs):
-        obs, _ = envs.reset(seed=[seed + first + i for i in range(envs.num_envs)])
+    for first in range(seed, seed + episodes, envs.num_envs):
+        obs, _ = envs.reset(seed=list(range(first, first + envs.num_envs)))
         total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         while running.any():
             actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
             obs, rewards, terminated, truncated, _ = envs.step(actions)
             total += rewards * running
-            running &= ~(terminated | truncated)  # environments restart by themselves: count the first episode only
+            running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts
         returns.append(total)
     return np.concatenate(returns)[:episodes]
+
+
+@torch.no_grad()
+def assess(agent, envs, data, score, args):
+    """What is logged at an evaluation: score and return where there is an environment, and the agent's diagnosis."""
+    with torch.random.fork_rng():  # an evaluation leaves the training's random numbers alone
+        torch.manual_seed(args.seed)
+        values = {name: value.item() for name, value in agent.diagnose(data.sample(256)).items()}
+    if envs:
+        mean = evaluate(agent.act, envs, args.eval_episodes, data.obs.device).mean()
+        values = {"score": score(mean), "return": mean} | values
+    return values
 
 
 # --- SAQ-CQL ---
 
 
 class DiscreteCQL(nn.Module):
-    """CQL over the K codes of a frozen quantizer: one Q network with K outputs, and everything exact."""
+    """CQL over the K codes of a frozen quantizer: one Q network with K outputs, every sum over actions exact."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
-        self.decode, self.args = vqvae.decode, args
+        self.args, self.decode = args, vqvae.decode
         self.qf = mlp(obs_dim, vqvae.num_codes)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.qf_average = copy.deepcopy(self.qf).requires_grad_(False)
@@ -309,14 +241,14 @@ class DiscreteCQL(nn.Module):
             next_q = self.qf_target(batch.next_obs).gather(1, next_codes)[:, 0]  # (B,)
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_q
         td_loss = (q_data - td_target).square().mean()
-        # CQL's penalty, log sum_k exp Q(s, k) - Q(s, k_data), summed over all codes. It is the cross-entropy of
-        # softmax(Q) with the data's code (Eq. 12): as alpha grows, SAQ-CQL becomes behavioural cloning.
+        # The conservative penalty log sum_k exp Q(s, k) - Q(s, k_data). It is the cross-entropy of softmax(Q) with the
+        # data's codes (Eq. 12), so a large alpha turns SAQ-CQL into behavioural cloning.
         penalty = (q.logsumexp(1) - q_data).mean()
         loss = td_loss + self.args.alpha * penalty
         return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q_data.mean()}
 
     def update(self, batch):
-        """One gradient step on a batch of transitions; returns what to log."""
+        """One gradient step; returns what to log."""
         loss, info = self.loss(batch)
         loss.backward()
         self.optimizer.step()
@@ -330,49 +262,37 @@ class DiscreteCQL(nn.Module):
             self.qf_target.load_state_dict(self.qf.state_dict())
 
     def act(self, obs):
-        """Greedy actions (B, A) for obs (B, O): the best code, decoded in its state."""
+        """obs (B, O) -> actions (B, A): the best code, decoded in its state."""
         qf = self.qf_average if self.args.average else self.qf
         return self.decode(obs, qf(obs).argmax(1)).clamp(-1, 1)
 
     def diagnose(self, batch):
+        """The penalty, for the figure: over codes its exact value is the one that training sees."""
         return {"penalty_exact": self.loss(batch)[1]["penalty"]}
-
-    def get_extra_state(self):
-        return self.optimizer.state_dict()
-
-    def set_extra_state(self, state):
-        self.optimizer.load_state_dict(state)
-
-
-@torch.no_grad()
-def polyak_update(target, network, rate):
-    """target <- (1 - rate) target + rate network."""
-    for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
-        slow.lerp_(fast, rate)
 
 
 # --- Continuous CQL ---
 
 
-class TanhGaussian(nn.Module):
-    """A Gaussian policy squashed into [-1, 1] by tanh."""
+class Actor(nn.Module):
+    """A Gaussian policy, squashed into [-1, 1] by tanh."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
         self.net = mlp(obs_dim, 2 * action_dim, hidden=(256, 256))
 
-    def forward(self, obs):
-        mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, (log_std - 1).clamp(-20, 2)  # (B, A) each
-
     def sample(self, obs, n):
-        """Draws n actions in each state: actions (n, B, A) and their log densities (n, B)."""
-        mean, log_std = self(obs)
+        """obs (B, O) -> n actions in each state (n, B, A) and their log densities (n, B)."""
+        mean, log_std = self.net(obs).chunk(2, -1)  # (B, A) each
+        log_std = (log_std - 1).clamp(-20, 2)
         noise = torch.randn(n, *mean.shape, device=obs.device)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log (1 - tanh(raw)^2), kept stable
+        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2), kept stable
         return raw.tanh(), log_prob.sum(-1)
+
+    def mode(self, obs):
+        return self.net(obs).chunk(2, -1)[0].tanh()
 
 
 class Critic(nn.Module):
@@ -381,30 +301,29 @@ class Critic(nn.Module):
         self.net = mlp(obs_dim + action_dim, 1, hidden=(256, 256))
 
     def forward(self, obs, actions):
-        """Q values (n, B) of actions (n, B, A) in obs (B, O)."""
+        """obs (B, O), n actions in each state (n, B, A) -> Q values (n, B)."""
         return self.net(torch.cat([obs.expand(len(actions), *obs.shape), actions], -1))[..., 0]
 
 
 class ContinuousCQL(nn.Module):
-    """CQL(H) as in the code that SAQ grew out of (young-geng/JaxCQL): SAC with twin critics and automatic temperature,
-    plus the penalty, whose log-integral over actions is estimated from importance-weighted samples."""
+    """CQL(H) as SAQ's authors started from it (young-geng/JaxCQL): soft actor-critic with twin critics and automatic
+    temperature, and the penalty, whose integral over actions has to be estimated from importance-weighted samples."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.args = args
-        self.actor = TanhGaussian(obs_dim, action_dim)
-        self.qf1, self.qf2 = Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)
-        self.qf1_target = copy.deepcopy(self.qf1).requires_grad_(False)
-        self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)
+        self.actor = Actor(obs_dim, action_dim)
+        self.qf = nn.ModuleList([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)])
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_temperature], args.lr)
-        self.qf_optimizer = adam([*self.qf1.parameters(), *self.qf2.parameters()], args.lr)
+        self.qf_optimizer = adam(self.qf.parameters(), args.lr)
 
     def penalty_samples(self, batch):
-        """Actions (3n, B, A) to estimate log integral exp Q(s, a) da with, and their log densities (3n, B): uniform,
-        from the policy in s, and from the policy in s'. All of them are rated in s."""
+        """Actions (3n, B, A) and their log densities (3n, B): uniform, from the policy in s, from the policy in s'.
+        All of them are rated in s."""
         n, (size, dim) = self.args.cql_samples, batch.actions.shape
-        uniform = torch.rand(n, size, dim, device=batch.obs.device) * 2 - 1
+        uniform = 2 * torch.rand(n, size, dim, device=batch.obs.device) - 1
         here, log_prob_here = self.actor.sample(batch.obs, n)
         there, log_prob_there = self.actor.sample(batch.next_obs, n)
         log_prob_uniform = torch.full_like(log_prob_here, -dim * math.log(2))
@@ -413,72 +332,62 @@ class ContinuousCQL(nn.Module):
     def qf_loss(self, batch):
         with torch.no_grad():
             next_actions, _ = self.actor.sample(batch.next_obs, 1)
-            next_q = torch.min(self.qf1_target(batch.next_obs, next_actions), self.qf2_target(batch.next_obs, next_actions))
-            td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_q[0]
+            next_q = torch.min(*(qf(batch.next_obs, next_actions) for qf in self.qf_target))[0]  # (B,)
+            td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_q
             samples, log_prob = self.penalty_samples(batch)
         actions = torch.cat([batch.actions[None], samples])  # (1 + 3n, B, A)
-        losses = []
-        for qf in (self.qf1, self.qf2):
-            q = qf(batch.obs, actions)  # (1 + 3n, B)
+        loss = 0.0
+        for qf in self.qf:
+            q = qf(batch.obs, actions)  # (1 + 3n, B); row 0 rates the data's action
             td_loss = (q[0] - td_target).square().mean()
             penalty = ((q[1:] - log_prob).logsumexp(0) - q[0]).mean()
-            losses.append(td_loss + self.args.cql_alpha * penalty)
-        info = {"qf_loss": losses[0] + losses[1], "td_loss": td_loss, "penalty": penalty, "q_data": q[0].mean()}
-        return losses[0] + losses[1], info
+            loss = loss + td_loss + self.args.cql_alpha * penalty
+        return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q[0].mean()}
 
     def actor_loss(self, batch):
-        """SAC's: maximise min Q + temperature * entropy, and move the temperature until the entropy is -A."""
+        """Soft actor-critic's: raise min Q + temperature * entropy, and hold the entropy at -A by the temperature."""
         actions, log_prob = self.actor.sample(batch.obs, 1)
-        q = torch.min(self.qf1(batch.obs, actions), self.qf2(batch.obs, actions))
-        temperature = self.log_temperature.exp()
-        actor_loss = (temperature.detach() * log_prob - q).mean()
-        temperature_loss = (-self.log_temperature * (log_prob.detach() - batch.actions.shape[1])).mean()
-        return actor_loss + temperature_loss, {"actor_loss": actor_loss, "entropy": -log_prob.mean(), "temperature": temperature}
+        q = torch.min(*(qf(batch.obs, actions) for qf in self.qf))
+        actor_loss = (self.log_temperature.exp().detach() * log_prob - q).mean()
+        temperature_loss = -self.log_temperature * (log_prob.detach() - batch.actions.shape[1]).mean()
+        return actor_loss + temperature_loss, {"actor_loss": actor_loss, "entropy": -log_prob.mean()}
 
     def update(self, batch):
-        loss, info = self.qf_loss(batch)
-        loss.backward()
+        """One gradient step of the critics and one of the actor; returns what to log."""
+        qf_loss, info = self.qf_loss(batch)
+        qf_loss.backward()
         self.qf_optimizer.step()
-        self.qf_optimizer.zero_grad()
-        loss, actor_info = self.actor_loss(batch)
-        loss.backward()
+        actor_loss, actor_info = self.actor_loss(batch)
+        actor_loss.backward()
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad()
-        self.qf_optimizer.zero_grad()  # the actor's loss went through the critics
-        return {name: value.detach() for name, value in {**info, **actor_info}.items()}
+        self.qf_optimizer.zero_grad()  # also of what the actor's loss left behind in the critics
+        return {name: value.detach() for name, value in (info | actor_info).items()}
 
     def update_target(self, step):
-        polyak_update(self.qf1_target, self.qf1, self.args.polyak)
-        polyak_update(self.qf2_target, self.qf2, self.args.polyak)
+        polyak_update(self.qf_target, self.qf, self.args.polyak)
 
     def act(self, obs):
-        """The policy's mode (B, A) for obs (B, O)."""
-        return self.actor(obs)[0].tanh()
+        """obs (B, O) -> actions (B, A): the policy's mode."""
+        return self.actor.mode(obs)
 
     def diagnose(self, batch):
-        """The penalty of the first critic as training estimates it, less the log(3n) by which that estimate is off by
-        construction, beside its exact value, which two-dimensional actions allow (Fig. 2 of the paper)."""
+        """The penalty of the first critic as its samples estimate it (less the constant log 3n that the loss leaves in)
+        and, where actions are two-dimensional, its exact value: the paper's diagnosis (Fig. 2)."""
         samples, log_prob = self.penalty_samples(batch)
-        q_data = self.qf1(batch.obs, batch.actions[None])[0]
-        log_z = (self.qf1(batch.obs, samples) - log_prob).logsumexp(0) - math.log(len(samples))
+        q_data = self.qf[0](batch.obs, batch.actions[None])[0]
+        log_z = (self.qf[0](batch.obs, samples) - log_prob).logsumexp(0) - math.log(len(samples))
         info = {"penalty_sampled": (log_z - q_data).mean()}
         if batch.actions.shape[1] == 2:
-            info["penalty_exact"] = (exact_log_z(self.qf1, batch.obs) - q_data).mean()
+            info["penalty_exact"] = (exact_log_z(self.qf[0], batch.obs) - q_data).mean()
         return info
-
-    def get_extra_state(self):
-        return {"actor": self.actor_optimizer.state_dict(), "qf": self.qf_optimizer.state_dict()}
-
-    def set_extra_state(self, state):
-        self.actor_optimizer.load_state_dict(state["actor"])
-        self.qf_optimizer.load_state_dict(state["qf"])
 
 
 def exact_log_z(qf, obs, grid=64):
-    """log of the integral of exp Q(s, a) over the square [-1, 1]^2, (B,): midpoint rule on a grid of grid^2 cells."""
+    """log of the integral of exp Q(s, a) over [-1, 1]^2, (B,), by the midpoint rule on grid x grid cells."""
     centres = (torch.arange(grid, device=obs.device) + 0.5) * 2 / grid - 1
-    actions = torch.cartesian_prod(centres, centres)  # (grid^2, 2)
-    q = torch.cat([qf(obs, chunk[:, None].expand(-1, len(obs), 2)) for chunk in actions.split(256)])  # (grid^2, B)
+    actions = torch.cartesian_prod(centres, centres)[:, None].expand(-1, len(obs), 2)  # (grid^2, B, 2)
+    q = torch.cat([qf(obs, chunk) for chunk in actions.split(256)])  # (grid^2, B)
     return q.logsumexp(0) + 2 * math.log(2 / grid)
 
 
@@ -486,39 +395,48 @@ def exact_log_z(qf, obs, grid=64):
 
 
 class Run:
-    """The folder of one run: args.json, metrics.csv, checkpoint.pt, result.json, comparison.png."""
+    """The files of one run: args.json, metrics.csv and checkpoint.pt; `report` adds result.json and comparison.png."""
 
-    def __init__(self, args):
-        name = f"{args.env.replace('/', '_')}__{Path(__file__).stem}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.args, self.folder = args, Path(args.resume or args.eval_only or Path(args.out) / name)
-        self.done, self.learners, self.interrupted = {}, {}, False
-        if not (args.resume or args.eval_only):
-            self.folder.mkdir(parents=True)
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-            about = {"args": vars(args), "versions": versions, "python": sys.version, "git_commit": commit}
+    def __init__(self, args, learners):
+        self.args, self.learners, self.done, self.interrupted = args, learners, {}, False
+        name = f"{args.env.replace('/', '_')}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.eval_only or Path(args.out) / name)
+        self.folder.mkdir(parents=True, exist_ok=bool(args.resume or args.eval_only))
+        self.metrics = open(self.folder / "metrics.csv", "a", newline="")
+        if args.resume or args.eval_only:
+            self.load()
+        else:
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
-        self.metrics = open(self.folder / "metrics.csv", "a")
+            self.metrics.write("step,name,value\n")
         if args.track:
             import wandb
 
-            wandb.init(project="saq", name=self.folder.name, config=vars(args), dir=self.folder, resume="allow")
-            wandb.define_metric("*", step_metric="step")
+            settings = {"id": self.folder.name, "resume": "allow", "dir": self.folder}
+            self.wandb = wandb.init(project="saq", config=vars(args), **settings)
+            self.wandb.define_metric("*", step_metric="step")
 
     def log(self, phase, step, values):
-        """Appends step, name, value rows to metrics.csv."""
         self.metrics.writelines(f"{step},{phase}/{name},{value:.6g}\n" for name, value in values.items())
         self.metrics.flush()
         if self.args.track:
-            import wandb
+            self.wandb.log({f"{phase}/{name}": value for name, value in values.items()} | {"step": step})
 
-            wandb.log({f"{phase}/{name}": value for name, value in values.items()} | {"step": step})
+    def history(self, name):
+        """The steps and the values logged under `name`."""
+        with open(self.folder / "metrics.csv", newline="") as file:
+            rows = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["name"] == name]
+        return list(zip(*rows, strict=True)) or [(), ()]
 
     def save(self):
-        """Writes checkpoint.pt: under another name first, so that an interruption never leaves half a file."""
+        """Writes checkpoint.pt, under another name first: an interruption never leaves half a file."""
         state = {
-            "done": self.done,
+            "done": self.done,  # steps done in each phase
             "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
             "metrics_size": self.metrics.tell(),
@@ -530,98 +448,144 @@ class Run:
         os.replace(temporary, self.folder / "checkpoint.pt")
 
     def load(self):
-        """Takes up the state of checkpoint.pt."""
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, weights_only=True, map_location=self.args.device)
             for name, learner in self.learners.items():
                 learner.load_state_dict(state["learners"][name])
-        except Exception as error:  # torch raises a dozen types over a damaged or foreign file
-            fail(f"{path} cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}).")
-        self.done = state["done"]
-        torch.set_rng_state(state["rng"].cpu())
-        if self.args.device != "cpu":
+            for name, optimizer in self.optimizers():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.done = state["done"]
+            torch.set_rng_state(state["rng"].cpu())
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-        self.metrics.truncate(state["metrics_size"])  # rows written after the checkpoint will be written again
+        except Exception as error:  # torch raises a dozen types over a missing, damaged or foreign file
+            raise UserError(f"{path} cannot be used, {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        if self.args.resume:  # what was logged after the checkpoint will be logged again
+            self.metrics.truncate(state["metrics_size"])
 
-    def train(self, phase, steps, updates, evaluation=None):
-        """Runs one phase to its last step. `updates(start)` yields (step, info) after each step from `start` on."""
-        args, start = self.args, self.done.get(phase, 0)
+    def optimizers(self):
+        for name, learner in self.learners.items():
+            for attribute, value in vars(learner).items():
+                if isinstance(value, torch.optim.Optimizer):
+                    yield f"{name}.{attribute}", value
+
+    def train(self, phase, updates, steps, evaluation):
+        """Runs one phase to its last step; `updates` yields (step, info) after each step. Logs, evaluates, saves."""
+        start = self.done.get(phase, 0)
         if start == 0:
-            torch.manual_seed(args.seed)  # each phase draws from a stream of its own
-        bar = tqdm(updates(start), phase, total=steps, initial=start, dynamic_ncols=True)
+            torch.manual_seed(self.args.seed)  # a random stream for each phase: none depends on what ran before it
+        signal.signal(signal.SIGINT, self.interrupt)
+        bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True)
         for step, info in bar:
-            last = step == steps or self.interrupted
-            if last or step % args.log_every == 0 or step % args.eval_every == 0:
+            evaluate_now = step % self.args.eval_every == 0 or step == steps
+            if evaluate_now or self.interrupted or step % self.args.log_every == 0:
                 values = {name: value.item() for name, value in info.items()}
                 for name, value in values.items():
                     if not math.isfinite(value):
-                        fail(f"{phase}/{name} is {value} in step {step}: the checkpoint in {self.folder} is the last good one.")
+                        kept = f"{self.folder}/checkpoint.pt is from before" if self.done else "nothing was saved yet"
+                        raise UserError(f"{phase}/{name} is {value} in step {step}: {kept}.")
                 self.log(phase, step, values)
-            if step % args.eval_every == 0 or step == steps:
-                if evaluation:
-                    values = evaluation()
-                    self.log(phase, step, values)
-                    bar.set_postfix({name: f"{values[name]:.1f}" for name in ("score", "return") if name in values})
-            if last or step % args.eval_every == 0:
+            if evaluate_now:
+                values = evaluation()
+                self.log(phase, step, values)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
+            if evaluate_now or self.interrupted:
                 self.done[phase] = step
                 self.save()
             if self.interrupted:
-                print(f"\nstopped in step {step} of {phase}; go on with: python {Path(__file__).name} --resume {self.folder}")
+                bar.close()
+                print(f"stopped in step {step} of {phase}; go on with: python {SCRIPT}.py --resume {self.folder}")
                 raise SystemExit(130)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(self, *_):
+        """Ctrl-C: finish the step, then save and stop. A second one stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def learn(agent, data, args, start):
-    """Trains an agent on batches of `data`; yields (step, info) after each step."""
-    update = accelerate(lambda: agent.update(sample(data, args.batch_size)), data.obs.device, args.compile)
+    """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
+    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile)
     for step in range(start + 1, args.steps + 1):
         info = update()
         agent.update_target(step)
         yield step, info
 
 
+def report(run, agents, envs, episodes, score, data_returns, provenance):
+    """Evaluates each agent for the last time; prints the table, writes result.json and comparison.png."""
+    data_score = score(data_returns.mean())
+    result = {"provenance": provenance, "data_score": data_score, "episodes": episodes}
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(data_score, color="grey", linestyle="--", label="episodes of the dataset")
+    print(f"\n{'':9}{'score':>8}{'last 5 evaluations':>22}{'return':>20}")
+    for (name, agent), color in zip(agents.items(), ("tab:blue", "tab:red"), strict=False):
+        label, returns = name.upper().replace("_", "-"), evaluate(agent.act, envs, episodes, run.args.device)
+        mean, std, last = returns.mean(), returns.std(), np.array(run.history(f"{name}/score")[1][-5:])
+        print(f"{label:9}{score(mean):8.1f}{last.mean():13.1f} +- {last.std():<5.1f}{mean:13.1f} +- {std:<5.1f}")
+        result[name] = {"score": score(mean), "last_5_scores": list(last), "return": mean, "return_std": std}
+        left.plot(*run.history(f"{name}/score"), color=color, label=label)
+        right.plot(*run.history(f"{name}/penalty_exact"), color=color, label=f"{label}, exact")
+        right.plot(*run.history(f"{name}/penalty_sampled"), ":", color=color, label=f"{label}, sampled")
+    print(f"{episodes} episodes each; those of the dataset score {data_score:.1f}. {provenance}")
+    (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=float))
+    left.set(title=run.args.env, xlabel="gradient steps", ylabel="score")
+    right.set(title="conservative penalty", xlabel="gradient steps", yscale="symlog")
+    left.legend()
+    right.legend()
+    figure.savefig(run.folder / "comparison.png", dpi=120)
+    print(f"{run.folder}: result.json, comparison.png, metrics.csv, checkpoint.pt")
+
+
 def main():
     args = parse_args()
-    print({k:v for k,v in vars(args).items()})
     device = torch.device(args.device)
     if device.type == "cpu":
         use_fast_matmul()
-    if args.compile is None:
-        args.compile = args.steps >= 50_000
+
+    # The data, and what a score over them means.
     env, env_id = make_env(args.env)
-    arrays, source = load_dataset(args, env)
-    data, returns = make_transitions(arrays, env, device)
-    normalize = env.get_wrapper_attr("get_normalized_score")
-    print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, returns {returns.min():.1f} to {returns.max():.1f} score {100*normalize(returns.mean()):.1f}")
-    run = Run(args)
+    score, provenance = scoring(env, args)
+    data, data_returns = make_transitions(load_arrays(args.dataset_path, env), env, device)
+    low, high, episodes = data_returns.min(), data_returns.max(), len(data_returns)
+    source = args.dataset_path or env.get_wrapper_attr("dataset_filepath")
+    print(f"data: {source}, {len(data.obs)} transitions, {episodes} episodes, returns {low:.1f} to {high:.1f}")
+    print(provenance if env else "no environment: training runs, evaluation is skipped")
+
     torch.manual_seed(args.seed)
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
     with device:
         vqvae = ActionVQVAE(obs_dim, action_dim, args.num_codes, action_only=args.action_only, lr=args.lr)
-        agent = DiscreteCQL(obs_dim, vqvae, args)
-        run.learners = {"quantizer": vqvae, "saq_cql": agent}
+        agents = {"saq_cql": DiscreteCQL(obs_dim, vqvae, args)}
         if args.compare:
-            run.learners["cql"] = twin = ContinuousCQL(obs_dim, action_dim, args)
-    if args.resume: run.load()
-    envs = make_eval_envs(env, env_id, args.eval_episodes)
-    def ev(agent):
-        def f():
-            r = evaluate(agent.act, envs, args.eval_episodes, 1000, device)
-            g = sample(data, 256)
-            return {"return": r.mean(), "score": 100*normalize(r.mean()), **{k:v.item() for k,v in agent.diagnose(g).items()}}
-        return f
-    def health(): return codebook_health(vqvae, data.obs, data.actions)
-    t=time.time()
-    run.train("quantizer", args.vq_steps, lambda start: fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, args.revive_every, args.kmeans_init, start, args.compile), None)
-    print(health(), time.time()-t)
+            agents["cql"] = ContinuousCQL(obs_dim, action_dim, args)
+    run = Run(args, {"quantizer": vqvae, **agents})
+    envs = make_eval_envs(env_id, args.eval_episodes) if env else None
+    if args.eval_only:
+        return report(run, agents, envs, args.eval_episodes, score, data_returns, provenance)
+
+    # 1. Fit the quantizer on the dataset's states and actions.
+    start = run.done.get("quantizer", 0)
+    options = (args.batch_size, args.revive_every, args.kmeans_init, start, args.compile)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, *options)
+    run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
+
+    # 2. Replace every action by its code, once: the quantizer stays as it is from here on.
     data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
-    for name in list(run.learners)[1:]:
-        t=time.time()
-        run.train(name, args.steps, lambda start: learn(run.learners[name], data, args, start), ev(run.learners[name]))
-        print(name, time.time()-t)
-        import subprocess as sp
-        sc=[float(l.split(',')[2]) for l in open(run.folder/'metrics.csv') if f',{name}/score' in l]
-        print('SCORES', name, 'last5 %.1f'%np.mean(sc[-5:]), [round(x) for x in sc])
+
+    # 3. Q-learning over the K codes; then its continuous twin, on the same data with the same evaluation.
+    for name, agent in agents.items():
+        updates = learn(agent, data, args, run.done.get(name, 0))
+        run.train(name, updates, args.steps, lambda agent=agent: assess(agent, envs, data, score, args))
+    if env:
+        report(run, agents, envs, args.final_episodes, score, data_returns, provenance)
+
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -12,7 +12,10 @@ scale; `forward` says where. The `accelerate` at the end makes a training step f
 """
 
 import logging
+from typing import NamedTuple
 
+import h5py
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -109,13 +112,6 @@ class ActionVQVAE(nn.Module):
         """`encode` for any number of rows, in chunks that fit in memory."""
         return torch.cat([self.encode(*rows) for rows in zip(obs.split(chunk), actions.split(chunk), strict=True)])
 
-    # Optimizer state travels with the weights: state_dict() is all that a fit needs to go on.
-    def get_extra_state(self):
-        return self.optimizer.state_dict()
-
-    def set_extra_state(self, state):
-        self.optimizer.load_state_dict(state)
-
 
 # --- The fit and its codebook's health ---
 
@@ -185,6 +181,107 @@ def codebook_health(vqvae, obs, actions):
     return health | {f"reconstruction_error_a{i}": e for i, e in enumerate(error.tolist())}
 
 
+# --- Data ---
+
+
+class UserError(Exception):
+    """Something that the user of a script can mend. The message is one sentence: what is wrong and what to do."""
+
+
+class Transitions(NamedTuple):
+    """N transitions on the training device. A terminal means "do not bootstrap"; a time limit is no terminal."""
+
+    obs: torch.Tensor  # (N, O)
+    actions: torch.Tensor  # (N, A), in [-1, 1]
+    rewards: torch.Tensor  # (N,)
+    next_obs: torch.Tensor  # (N, O)
+    terminals: torch.Tensor  # (N,)
+    codes: torch.Tensor  # (N,), int64: what the quantizer made of the actions
+
+    def sample(self, batch_size):
+        """A batch of transitions, drawn uniformly with replacement."""
+        rows = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
+        return Transitions(*(column[rows] for column in self))
+
+
+COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, next_observations=2)  # name: dimensions
+
+
+def load_arrays(path, env):
+    """The arrays of D4RL's layout in an .hdf5 or .npz file, or the task's own where `path` is None."""
+    if path is None and not (env and env.has_wrapper_attr("get_dataset")):
+        raise UserError("this task has no dataset of its own: pass --dataset-path.")
+    try:
+        if path is None:
+            return env.get_wrapper_attr("get_dataset")()
+        with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
+            return {key: file[key][()] for key in COLUMNS if key in file}
+    except Exception as error:  # h5py and numpy raise a dozen types over a missing or damaged file
+        raise UserError(f"the dataset {path or ''} cannot be read: {str(error).rstrip('.')}.") from None
+
+
+def make_transitions(arrays, env, device):
+    """Checks the arrays and turns them into Transitions; returns these and the return (E,) of each episode."""
+    for key, dims in COLUMNS.items():
+        if key not in arrays and key in ("timeouts", "next_observations"):
+            continue
+        if key not in arrays:
+            raise UserError(f"the dataset has no {key}: D4RL's layout is {', '.join(list(COLUMNS)[:4])}, timeouts.")
+        try:
+            column = np.asarray(arrays[key], np.float32)
+        except (TypeError, ValueError):
+            raise UserError(f"the dataset's {key} are not numbers.") from None
+        column = column[:, 0] if dims == 1 and column.shape[1:] == (1,) else column
+        if column.ndim != dims or column.size == 0 or len(column) != len(arrays["observations"]):
+            raise UserError(
+                f"the dataset's {key} have shape {column.shape}, its observations {arrays['observations'].shape}."
+            )
+        bad = np.flatnonzero(~np.isfinite(column).reshape(len(column), -1).all(1))
+        if bad.size:
+            raise UserError(
+                f"the dataset's {key} hold NaN or infinity in {bad.size} rows, the first of them row {bad[0]}."
+            )
+        arrays[key] = column
+    obs, actions, rewards = arrays["observations"], arrays["actions"], arrays["rewards"]
+    for key, space in [("observations", env.observation_space), ("actions", env.action_space)] if env else ():
+        if arrays[key].shape[1:] != space.shape:
+            raise UserError(
+                f"the dataset's {key} have size {arrays[key].shape[1]}, those of {env.spec.id} {space.shape[0]}."
+            )
+    if env and not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
+        low, high = env.action_space.low, env.action_space.high
+        actions = 2 * (actions - low) / (high - low) - 1  # RescaleAction in make_eval_envs is the way back
+    outside = (np.abs(actions) > 1).any(1)
+    if outside.any():
+        largest = np.abs(actions).max()
+        print(f"warning: {outside.sum()} of {len(actions)} actions leave [-1, 1], up to {largest:.3g}: clipped")
+
+    # Where episodes end. Files without timeouts are cut where the environment's time limit would have struck.
+    terminals = arrays["terminals"] > 0
+    if "timeouts" in arrays:
+        ends = terminals | (arrays["timeouts"] > 0)
+    else:
+        ends, length = terminals.copy(), 0
+        for row in range(len(ends)):
+            length += 1
+            ends[row] |= env is not None and length == env.spec.max_episode_steps
+            length = 0 if ends[row] else length
+    if not ends.any():
+        raise UserError("the dataset marks no end of an episode: set terminals or timeouts in the last row of each.")
+    ends[-1] = True
+    returns = np.add.reduceat(rewards, np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1]))
+
+    # The next observation is the next row's, unless the file holds it. Where an episode ends without a terminal, what
+    # followed is unknown and the transition is dropped.
+    next_obs = arrays.get("next_observations", np.roll(obs, -1, 0))
+    keep = terminals | ~ends | ("next_observations" in arrays)
+    columns = [obs, actions.clip(-1, 1), rewards, next_obs, terminals, np.zeros(len(obs))]
+    types = [torch.float32] * 5 + [torch.int64]
+    return Transitions(
+        *(torch.tensor(c[keep], dtype=t, device=device) for c, t in zip(columns, types, strict=True))
+    ), returns
+
+
 # --- Speed ---
 
 
@@ -193,6 +290,13 @@ def adam(parameters, lr, weight_decay=0.0):
     parameters = list(parameters)
     on_cuda = parameters[0].is_cuda
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
+
+
+@torch.no_grad()
+def polyak_update(target, network, rate):
+    """target <- (1 - rate) target + rate network."""
+    for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
+        slow.lerp_(fast, rate)
 
 
 def accelerate(update, device, compile=True):

@@ -1,0 +1,269 @@
+"""offline_envs: D4RL's names, physics conventions, scores and files."""
+
+import hashlib
+import http.server
+import subprocess
+import sys
+import threading
+import warnings
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED_DATA
+from gymnasium.utils.env_checker import check_env
+
+
+def make(name):
+    return gym.make(f"offline_envs:{name}")
+
+
+def test_every_d4rl_name_of_the_covered_families():
+    make("hopper-expert-v2")
+    locomotion = [
+        f"{robot}-{data}-v{version}"
+        for robot in ("hopper", "halfcheetah", "walker2d", "ant")
+        for data in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+        for version in (0, 1, 2)
+        if (data, version) != ("full-replay", 0)
+    ]
+    door = [f"door-{data}-v{version}" for data in ("human", "cloned", "expert") for version in (0, 1)]
+    maze2d = [f"maze2d-{maze}{dense}-v1" for maze in ("umaze", "medium", "large") for dense in ("", "-dense")]
+    for name in [*locomotion, *door, *maze2d, "maze2d-large-demos-v1"]:
+        assert name in gym.registry, name
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "file"),
+    [
+        ("hopper-expert-v2", -20.272305, 3234.3, "hopper_expert-v2.hdf5"),
+        ("halfcheetah-medium-replay-v0", -280.178953, 12135.0, "halfcheetah_mixed.hdf5"),
+        ("walker2d-medium-replay-v0", 1.629008, 4592.3, "walker_mixed.hdf5"),
+        ("ant-medium-expert-v1", -325.6, 3879.7, "ant_medium_expert-v1.hdf5"),
+        ("door-human-v0", -56.512833, 2880.5693087298737, "door-v0_demos_clipped.hdf5"),
+        ("maze2d-umaze-v1", 23.85, 161.86, "maze2d-umaze-sparse-v1.hdf5"),
+        ("maze2d-medium-v1", 13.13, 277.39, "maze2d-medium-sparse-v1.hdf5"),
+        ("maze2d-large-v1", 6.7, 273.99, "maze2d-large-sparse-v1.hdf5"),
+    ],
+)
+def test_scores_and_file_names(name, low, high, file):
+    env = make(name)
+    score = env.get_wrapper_attr("get_normalized_score")
+    assert score(low) == pytest.approx(0)
+    assert score(high) == pytest.approx(1)
+    assert env.get_wrapper_attr("dataset_filepath").name == file
+
+
+@pytest.mark.parametrize(
+    "name", ["hopper-medium-v2", "walker2d-expert-v1", "ant-medium-v2", "door-human-v1", "maze2d-medium-v1"]
+)
+def test_gymnasium_accepts_the_environment(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about wrappers and about Box bounds
+        check_env(make(name).unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "door-human-v1", "maze2d-large-v1", "maze2d-large-demos-v1"])
+def test_seeded_episodes_repeat(name):
+    runs = []
+    for _ in range(2):
+        env = make(name)
+        env.action_space.seed(3)
+        rows = [env.reset(seed=5)[0]]
+        rows += [env.step(env.action_space.sample())[0] for _ in range(20)]
+        runs.append(np.stack(rows))
+    assert np.array_equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("maze2d-umaze-v1", 300), ("maze2d-medium-v1", 600), ("door-human-v0", 200)]
+)
+def test_horizon_and_no_termination(name, steps):
+    env = make(name)
+    env.reset(seed=0)
+    for step in range(1, steps + 1):
+        _, _, terminated, truncated, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+        assert not terminated
+        assert truncated == (step == steps)
+
+
+def test_ant_observes_d4rls_zeros():
+    obs, _ = make("ant-medium-v2").reset(seed=0)
+    assert obs.shape == (111,)
+    assert (obs[27:] == 0).all()
+    assert (obs[:27] != 0).any()
+
+
+# --- maze2d ---
+
+
+def test_maze2d_reward_is_d4rls():
+    """Sparse: 1 within 0.5 of the goal at (7, 9). Dense: exp(-distance)."""
+    env = make("maze2d-large-v1").unwrapped
+    dense = make("maze2d-large-dense-v1").unwrapped
+    assert env.goal.tolist() == [7, 9]
+    for offset, reward in [(0.0, 1.0), (0.48, 1.0), (0.52, 0.0)]:
+        for task in (env, dense):
+            task.reset(seed=0)
+            task.set_state(np.array([7.0 - offset, 9.0]) - task.offset, np.zeros(2))
+        obs, got, *_ = env.step(np.zeros(2))
+        assert obs[:2] == pytest.approx([7 - offset, 9], abs=1e-6)
+        assert got == reward
+        obs, got, *_ = dense.step(np.zeros(2))
+        assert got == pytest.approx(np.exp(-np.linalg.norm(obs[:2] - [7, 9])))
+
+
+def test_maze2d_resets_in_every_free_cell_with_d4rls_noise():
+    env = make("maze2d-umaze-v1")
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(400)])
+    cells = {tuple(cell) for cell in starts[:, :2].round().astype(int)}
+    assert cells == {(1, 1), (1, 2), (1, 3), (2, 3), (3, 1), (3, 2), (3, 3)}
+    noise = starts[:, :2] - starts[:, :2].round()
+    assert 0.09 < np.abs(noise).max() <= 0.1
+    assert starts[:, 2:].std() == pytest.approx(0.1, rel=0.1)
+
+
+def test_demos_task_starts_in_the_corner():
+    env = make("maze2d-large-demos-v1")
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(50)])
+    assert np.abs(starts[:, :2] - [1, 1]).max() <= 0.1
+
+
+def test_maze2d_walls_stand_where_d4rl_has_them():
+    """From cell (1, 1) of the large maze (two free cells to the right, wall above) the ball can go right, not up."""
+    env = make("maze2d-large-demos-v1")
+    for action, axis, moves in [((0, 1), 1, True), ((-1, 0), 0, False), ((1, 0), 0, True), ((0, -1), 1, False)]:
+        start, _ = env.reset(seed=0)
+        for _ in range(60):
+            obs, *_ = env.step(np.array(action, np.float32))
+        assert (abs(obs[axis] - start[axis]) > 0.9) == moves
+
+
+def test_one_step_of_the_point_is_d4rls():
+    """D4RL's ball: timestep 0.01, radius 0.1, density 1000, gear 100, damping 1 (implicit), semi-implicit Euler."""
+    env = make("maze2d-large-demos-v1")
+    start, _ = env.reset(seed=0)
+    obs, *_ = env.step(np.array([1.0, 0.0], np.float32))
+    mass = 4 / 3 * np.pi * 0.1**3 * 1000
+    velocity = start[2] + 0.01 * (100 - start[2]) / (mass + 0.01)
+    assert obs[2] == pytest.approx(velocity, rel=1e-4)
+    assert obs[0] == pytest.approx(start[0] + 0.01 * velocity, rel=1e-6)
+
+
+def test_the_script_makes_the_shipped_demonstrations_again(tmp_path):
+    shipped = ROOT / "demos" / "maze2d-large-demos-v1.hdf5"
+    script = [sys.executable, str(ROOT / "demos" / "make_demos.py"), "--out", str(tmp_path / "again.hdf5")]
+    subprocess.run(script, check=True, cwd=tmp_path, capture_output=True)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (shipped, tmp_path / "again.hdf5")]
+    assert digests[0] == digests[1]
+
+
+def test_the_shipped_demonstrations_replay():
+    """Their actions, from their seeds, give their observations and rewards."""
+    env = make("maze2d-large-demos-v1")
+    data = env.get_wrapper_attr("get_dataset")()
+    assert data["observations"].shape == (2400, 4)
+    for episode in range(3):
+        rows = slice(800 * episode, 800 * (episode + 1))
+        obs, _ = env.reset(seed=episode)
+        for want, action, reward in zip(
+            data["observations"][rows], data["actions"][rows], data["rewards"][rows], strict=True
+        ):
+            assert obs == pytest.approx(want, abs=1e-5)
+            obs, got, *_ = env.step(action)
+            assert got == reward
+
+
+# --- Adroit ---
+
+
+def test_door_reward_has_d4rls_sign():
+    env, library = make("door-human-v0"), gym.make("AdroitHandDoor-v1")
+    env.reset(seed=0)
+    library.reset(seed=0)
+    action = np.full(28, 0.1, np.float32)
+    obs, ours, *_ = env.step(action)
+    same_obs, theirs, *_ = library.step(action)
+    assert np.array_equal(obs, same_obs)
+    distance = np.linalg.norm(obs[35:38])
+    assert distance > 0.1
+    assert ours == pytest.approx(theirs - 0.2 * distance)
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "door-human-v0.hdf5").exists(), reason="the human demonstrations are not here")
+def test_door_demonstrations_replay():
+    """The 25 human demonstrations, replayed from their stored states, earn what the file says: 794 on average."""
+    env = make("door-human-v0").unwrapped
+    with h5py.File(SHARED_DATA / "door-human-v0.hdf5") as file:
+        actions, rewards, ends = file["actions"][:], file["rewards"][:], np.flatnonzero(file["timeouts"][:])
+        states = {key: file["init_state"][key][:] for key in ("qpos", "qvel", "door_body_pos")}
+    first, replayed = 0, []
+    for episode, last in enumerate(ends):
+        env.reset(seed=0)
+        env.set_env_state({key: value[episode] for key, value in states.items()})
+        replayed.append(sum(env.step(action)[1] for action in actions[first : last + 1]))
+        first = last + 1
+    assert np.mean(replayed) == pytest.approx(rewards.sum() / len(ends), rel=0.02)
+
+
+# --- Downloads ---
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A local server of hopper-medium-v2 whose behaviour a test chooses; yields (set_behaviour, cached file)."""
+    import offline_envs
+
+    with h5py.File(tmp_path / "source.hdf5", "w") as file:
+        file["observations"] = np.zeros((10, 11), np.float32)
+    body, behaviour = (tmp_path / "source.hdf5").read_bytes(), {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(behaviour.get("status", 200))
+            if behaviour.get("length", True):
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: behaviour.get("cut")])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    env = make("hopper-medium-v2")
+    wrapper = env.env if isinstance(env, gym.wrappers.TimeLimit) else env
+    while not isinstance(wrapper, offline_envs.OfflineEnv):
+        wrapper = wrapper.env
+    wrapper.dataset = f"http://127.0.0.1:{httpd.server_port}/hopper_medium-v2.hdf5"
+    yield behaviour, wrapper, tmp_path / "cache" / "hopper_medium-v2.hdf5"
+    httpd.shutdown()
+
+
+def test_a_dataset_is_downloaded_once(server):
+    behaviour, env, path = server
+    assert env.get_dataset()["observations"].shape == (10, 11)
+    behaviour["status"] = 404
+    assert env.get_dataset()["observations"].shape == (10, 11)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("behaviour", [{"status": 404}, {"cut": 100}, {"length": False}])
+def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(server, behaviour):
+    chosen, env, path = server
+    chosen.update(behaviour)
+    with pytest.raises(OSError, match="could not be downloaded") as error:
+        env.get_dataset()
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_damaged_file_is_named(server):
+    _, env, path = server
+    path.parent.mkdir()
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(OSError, match="cannot be read as HDF5"):
+        env.get_dataset()
