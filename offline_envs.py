@@ -19,6 +19,7 @@ any other file. URLs and reference scores are those of D4RL 1.1 (Fu et al., 2020
 
 import contextlib
 import http.client
+import io
 import os
 import urllib.request
 import warnings
@@ -29,7 +30,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-with contextlib.redirect_stderr(None):  # the package warns of the door's reward, which Door below repairs
+with contextlib.redirect_stderr(io.StringIO()):  # the package warns of the door's reward, which Door below repairs
     from gymnasium_robotics.envs.adroit_hand.adroit_door import AdroitHandDoorEnv
     from gymnasium_robotics.envs.maze import point
     from gymnasium_robotics.envs.maze.maze_v4 import Maze

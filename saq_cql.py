@@ -25,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -35,19 +36,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from vqvae import (  # fmt: skip
-    ActionVQVAE,
-    UserError,
-    accelerate,
-    adam,
-    codebook_health,
-    fit,
-    load_arrays,
-    make_transitions,
-    mlp,
-    polyak_update,
-    use_fast_matmul,
-)
+# isort: off
+from vqvae import ActionVQVAE, UserError, accelerate, adam, apply_gradients, codebook_health, fit, load_arrays
+from vqvae import make_transitions, mlp, polyak_update, tune_cpu
 
 SCRIPT = Path(__file__).stem
 
@@ -76,10 +67,10 @@ class Args:
     """evaluate the policies saved in this run folder, train nothing"""
     track: bool = False
     """log to Weights & Biases as well"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """where tensors live"""
     compile: bool | None = None
-    """torch.compile the updates; by default when there are enough steps to repay the compilation"""
+    """torch.compile the updates; by default in runs of 10_000 steps or more, which repay the compilation"""
     # --- Evaluation and logging ---
     eval_every: int = 5_000
     """steps between two evaluations, each followed by a checkpoint"""
@@ -129,7 +120,8 @@ class Args:
 
 # Fields by task; the longest prefix that fits --env wins, and a flag on the command line wins over its row.
 HPARAMS = {
-    "maze2d-large-demos": dict(num_codes=4, vq_steps=5_000, steps=10_000, alpha=20.0, eval_every=500),
+    "maze2d-large-demos": dict(num_codes=4, vq_steps=15_000, steps=10_000, alpha=20.0, eval_every=500),
+    "hopper-expert": dict(num_codes=64, vq_steps=20_000, steps=40_000, alpha=100.0, eval_every=2_000),
 }
 PLAIN = dict(num_codes=64, revive_every=0, average=0.0)
 
@@ -152,8 +144,13 @@ def parse_args():
     args = tyro.cli(Args, default=default)
     if args.env != default.env:
         raise UserError(f"{folder} holds a run of {default.env}, not of {args.env}: leave out --env.")
+    for name in ("steps", "vq_steps", "num_codes", "batch_size", "log_every", "eval_every", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
     if args.compile is None:
-        args.compile = args.steps >= 50_000
+        args.compile = args.steps >= 10_000  # about where compiling has paid for itself
     return args
 
 
@@ -250,14 +247,15 @@ class DiscreteCQL(nn.Module):
     def update(self, batch):
         """One gradient step; returns what to log."""
         loss, info = self.loss(batch)
+        info = {name: value.detach() for name, value in info.items()}
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        apply_gradients(self.optimizer)
+        return info
+
+    def update_targets(self, step):
+        """After each step: the network that acts follows slowly, the target is copied now and then."""
         if self.args.average:
             polyak_update(self.qf_average, self.qf, self.args.average)
-        return {name: value.detach() for name, value in info.items()}
-
-    def update_target(self, step):
         if step % self.args.target_every == 0:
             self.qf_target.load_state_dict(self.qf.state_dict())
 
@@ -354,17 +352,18 @@ class ContinuousCQL(nn.Module):
 
     def update(self, batch):
         """One gradient step of the critics and one of the actor; returns what to log."""
-        qf_loss, info = self.qf_loss(batch)
+        qf_loss, qf_info = self.qf_loss(batch)
+        qf_info = {name: value.detach() for name, value in qf_info.items()}
         qf_loss.backward()
-        self.qf_optimizer.step()
+        apply_gradients(self.qf_optimizer)
         actor_loss, actor_info = self.actor_loss(batch)
+        actor_info = {name: value.detach() for name, value in actor_info.items()}
         actor_loss.backward()
-        self.actor_optimizer.step()
-        self.actor_optimizer.zero_grad()
+        apply_gradients(self.actor_optimizer)
         self.qf_optimizer.zero_grad()  # also of what the actor's loss left behind in the critics
-        return {name: value.detach() for name, value in (info | actor_info).items()}
+        return qf_info | actor_info
 
-    def update_target(self, step):
+    def update_targets(self, step):
         polyak_update(self.qf_target, self.qf, self.args.polyak)
 
     def act(self, obs):
@@ -406,9 +405,9 @@ class Run:
         if args.resume or args.eval_only:
             self.load()
         else:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
+            here = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
+            commit = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
             about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             (self.folder / "args.json").write_text(json.dumps(about, indent=2))
             self.metrics.write("step,name,value\n")
@@ -474,7 +473,7 @@ class Run:
         start = self.done.get(phase, 0)
         if start == 0:
             torch.manual_seed(self.args.seed)  # a random stream for each phase: none depends on what ran before it
-        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))  # finish the step, then stop
         bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True)
         for step, info in bar:
             evaluate_now = step % self.args.eval_every == 0 or step == steps
@@ -498,23 +497,19 @@ class Run:
                 raise SystemExit(130)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def interrupt(self, *_):
-        """Ctrl-C: finish the step, then save and stop. A second one stops at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
 
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile)
     for step in range(start + 1, args.steps + 1):
         info = update()
-        agent.update_target(step)
+        agent.update_targets(step)
         yield step, info
 
 
 def report(run, agents, envs, episodes, score, data_returns, provenance):
-    """Evaluates each agent for the last time; prints the table, writes result.json and comparison.png."""
+    """Evaluates each agent over `episodes` episodes and prints the table. After training (not with --eval-only) it also
+    writes result.json and comparison.png."""
     data_score = score(data_returns.mean())
     result = {"provenance": provenance, "data_score": data_score, "episodes": episodes}
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -530,6 +525,8 @@ def report(run, agents, envs, episodes, score, data_returns, provenance):
         right.plot(*run.history(f"{name}/penalty_exact"), color=color, label=f"{label}, exact")
         right.plot(*run.history(f"{name}/penalty_sampled"), ":", color=color, label=f"{label}, sampled")
     print(f"{episodes} episodes each; those of the dataset score {data_score:.1f}. {provenance}")
+    if run.args.eval_only:
+        return
     (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=float))
     left.set(title=run.args.env, xlabel="gradient steps", ylabel="score")
     right.set(title="conservative penalty", xlabel="gradient steps", yscale="symlog")
@@ -543,7 +540,7 @@ def main():
     args = parse_args()
     device = torch.device(args.device)
     if device.type == "cpu":
-        use_fast_matmul()
+        tune_cpu()
 
     # The data, and what a score over them means.
     env, env_id = make_env(args.env)
@@ -564,7 +561,10 @@ def main():
     run = Run(args, {"quantizer": vqvae, **agents})
     envs = make_eval_envs(env_id, args.eval_episodes) if env else None
     if args.eval_only:
-        return report(run, agents, envs, args.eval_episodes, score, data_returns, provenance)
+        trained = {name: agent for name, agent in agents.items() if name in run.done}
+        if not (trained and env):
+            raise UserError(f"{run.folder} holds no trained policy yet, or no environment to evaluate it in.")
+        return report(run, trained, envs, args.eval_episodes, score, data_returns, provenance)
 
     # 1. Fit the quantizer on the dataset's states and actions.
     start = run.done.get("quantizer", 0)

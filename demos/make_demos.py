@@ -4,8 +4,8 @@
 
 Three demonstrations of 800 steps from cell (1, 1) of D4RL's large maze to its goal. A controller follows the shortest
 path cell by cell (D4RL's proportional and derivative gains, 10 and -1), then holds the goal. Its actions carry
-Gaussian noise of standard deviation 0.5, as in D4RL's "noisy" maze data: without noise the demonstrations hold a
-single line through the maze, no correction of any error, and even behavioural cloning of them returns 0.
+Gaussian noise of standard deviation 0.3: without noise the demonstrations hold a single line through the maze and no
+correction of any error, so that whatever is learned from them leaves the line and does not come back.
 """
 
 import sys
@@ -27,7 +27,7 @@ class Args:
     """where to write the dataset"""
     episodes: int = 3
     """number of demonstrations"""
-    noise: float = 0.5
+    noise: float = 0.3
     """standard deviation of the noise added to the controller's actions"""
     seed: int = 0
     """episode i resets the environment and draws its noise with seed + i"""
@@ -57,7 +57,7 @@ def demonstrate(env, seed, noise):
     while not truncated:
         # Cell (r, c) has its centre at (r - 0.2, c - 0.2), the goal lies at its cell's own index.
         target = path[reached] - 0.2 if reached < len(path) - 1 else maze.goal
-        if np.linalg.norm(target - obs[:2]) < 0.7 and reached < len(path) - 1:
+        if np.linalg.norm(target - obs[:2]) < 0.5 and reached < len(path) - 1:
             reached += 1
         action = np.clip(10 * (target - obs[:2]) - obs[2:], -1, 1)
         action = np.clip(action + noise * rng.standard_normal(2), -1, 1).astype(np.float32)

@@ -64,7 +64,7 @@ def test_td_loss_by_hand():
 
 def test_chain_mdp():
     """Five states in a row, codes 0 = left and 1 = right, reward 1 for stepping right in the last state, which ends
-    the episode. With alpha = 0, Q is value iteration's, 0.9^(steps to go), and the greedy policy earns the optimal return."""
+    the episode. With alpha = 0, Q is value iteration's, 0.9^(steps to go), and acting on it greedily is optimal."""
     states, discount = 5, 0.9
     s, a = (x.flatten() for x in torch.meshgrid(torch.arange(states), torch.arange(2), indexing="ij"))
     next_s = (s + 2 * a - 1).clamp(0, states - 1)
@@ -104,11 +104,10 @@ def test_targets_are_copied_and_averaged():
     agent = DiscreteCQL(3, ActionVQVAE(3, 2, 8, hidden=(8,)), args)
     first = agent.qf[0].weight.clone()
     agent.update(random_batch())
+    agent.update_targets(1)
     torch.testing.assert_close(agent.qf_average[0].weight, 0.75 * first + 0.25 * agent.qf[0].weight)
-    for step in (1, 2):
-        agent.update_target(step)
-        assert torch.equal(agent.qf_target[0].weight, first)
-    agent.update_target(3)
+    assert torch.equal(agent.qf_target[0].weight, first)
+    agent.update_targets(3)
     assert torch.equal(agent.qf_target[0].weight, agent.qf[0].weight)
 
 

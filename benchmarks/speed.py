@@ -1,0 +1,184 @@
+"""Gradient steps per second of each phase of saq_cql.py, and the share it reaches of what the matrix products alone do.
+
+    python benchmarks/speed.py
+
+A phase and its products are timed in turn, in short bursts, and shares are medians over the bursts: on a shared machine
+absolute speeds drift, ratios taken within one run hold. Sizes: hopper's 11 observations and 3 actions, 64 codes, batch
+256. Where d3rlpy is installed, its DiscreteCQL and CQL are timed at the same sizes.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from saq_cql import Args, ContinuousCQL, DiscreteCQL
+from vqvae import ActionVQVAE, Transitions, accelerate, tune_cpu
+
+OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
+
+
+@dataclass
+class Options:
+    compile: bool = True
+    """torch.compile the updates, as the scripts do in long runs"""
+    rounds: int = 15
+    """bursts of each phase"""
+    burst: float = 0.4
+    """seconds of one burst"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where to run"""
+
+
+# --- The matrix products of one step: (rows, inner, columns) of each ---
+
+
+def forward(sizes, rows):
+    return [(rows, fan_in, fan_out) for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)]
+
+
+def backward(sizes, rows, to_input=False):
+    """Gradients of the weights, and of each layer's input; of the first layer's only where `to_input`."""
+    weights = [(fan_out, rows, fan_in) for _, fan_in, fan_out in forward(sizes, rows)]
+    inputs = [(rows, fan_out, fan_in) for _, fan_in, fan_out in forward(sizes, rows)]
+    return weights + inputs[0 if to_input else 1 :]
+
+
+def products_of(phase):
+    if phase == "quantizer fit":
+        encoder, decoder, prior = [OBS + ACTIONS, 512, 512, 128], [OBS + 128, 512, 512, ACTIONS], [OBS, 512, 512, CODES]
+        nearest = [(BATCH, 128, CODES), (BATCH, CODES, 128), (CODES, BATCH, 128)]  # distances, look-up, its gradient
+        steps = [forward(net, BATCH) for net in (encoder, decoder, prior)] + [nearest]
+        return sum(steps, backward(encoder, BATCH) + backward(decoder, BATCH, True) + backward(prior, BATCH))
+    if phase == "discrete update":
+        qf = [OBS, 512, 512, CODES]
+        return 3 * forward(qf, BATCH) + backward(qf, BATCH)  # Q(s), Q(s'), target(s')
+    qf, actor = [OBS + ACTIONS, 256, 256, 1], [OBS, 256, 256, 2 * ACTIONS]
+    critic_loss = 2 * (forward(qf, BATCH) + forward(qf, SAMPLES * BATCH) + backward(qf, SAMPLES * BATCH))
+    actor_loss = forward(actor, BATCH) + backward(actor, BATCH) + 2 * (forward(qf, BATCH) + backward(qf, BATCH, True))
+    return critic_loss + 3 * forward(actor, BATCH) + actor_loss
+
+
+def multiply(phase, device):
+    """A function that does the products of one step of `phase`, each on operands of its own."""
+    operands = [
+        (torch.rand(m, k, device=device), torch.rand(n, k, device=device).T, torch.empty(m, n, device=device))
+        for m, k, n in products_of(phase)
+    ]
+
+    def step():
+        for a, b, out in operands:
+            torch.mm(a, b, out=out)
+
+    return step
+
+
+# --- The phases ---
+
+
+def phases(device, compile):
+    args = Args(steps=0, device=str(device))
+    rows = 100_000
+    obs, next_obs = torch.randn(2, rows, OBS, device=device)
+    actions, codes = torch.rand(rows, ACTIONS, device=device) * 2 - 1, torch.randint(CODES, (rows,), device=device)
+    data = Transitions(obs, actions, torch.rand(rows, device=device), next_obs, torch.zeros(rows, device=device), codes)
+    with device:
+        vqvae = ActionVQVAE(OBS, ACTIONS, CODES)
+        discrete, continuous = DiscreteCQL(OBS, vqvae, args), ContinuousCQL(OBS, ACTIONS, args)
+
+    def fit_step():
+        batch = data.sample(BATCH)
+        return vqvae.update(batch.obs, batch.actions)
+
+    def with_target(agent):
+        update, step = accelerate(lambda: agent.update(data.sample(BATCH)), device, compile), 0
+
+        def train():
+            nonlocal step
+            step += 1
+            update()
+            agent.update_targets(step)
+
+        return train
+
+    return {
+        "quantizer fit": accelerate(fit_step, device, compile),
+        "discrete update": with_target(discrete),
+        "continuous update": with_target(continuous),
+    }
+
+
+def d3rlpy_updates():
+    """d3rlpy's steps at the same sizes, {} where it is not installed."""
+    try:
+        import d3rlpy
+    except ImportError:
+        return {}
+    rows, rng = 10_000, np.random.default_rng(0)
+    encoder = {512: d3rlpy.models.VectorEncoderFactory([512, 512]), 256: d3rlpy.models.VectorEncoderFactory([256, 256])}
+    kinds = {"discrete update": d3rlpy.ActionSpace.DISCRETE, "continuous update": d3rlpy.ActionSpace.CONTINUOUS}
+    updates = {}
+    for phase, kind in kinds.items():
+        if phase == "discrete update":
+            actions = rng.integers(CODES, size=(rows, 1))
+            config = d3rlpy.algos.DiscreteCQLConfig(batch_size=BATCH, encoder_factory=encoder[512])
+        else:
+            actions = rng.uniform(-1, 1, (rows, ACTIONS)).astype(np.float32)
+            factories = {"actor_encoder_factory": encoder[256], "critic_encoder_factory": encoder[256]}
+            config = d3rlpy.algos.CQLConfig(batch_size=BATCH, **factories)
+        timeouts = (np.arange(rows) % 1000 == 999).astype(np.float32)
+        observations, rewards = rng.standard_normal((rows, OBS)).astype(np.float32), rng.random((rows, 1), np.float32)
+        terminals = np.zeros(rows, np.float32)
+        dataset = d3rlpy.dataset.MDPDataset(observations, actions, rewards, terminals, timeouts, action_space=kind)
+        algo = config.create(device="cpu:0")
+        algo.build_with_dataset(dataset)
+        updates[phase] = lambda algo=algo, dataset=dataset: algo.update(dataset.sample_transition_batch(BATCH))
+    return updates
+
+
+def rate(step, seconds, device):
+    """Calls of `step` per second, over a burst of about so many seconds."""
+    start, calls = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        for _ in range(5):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        calls += 5
+    return calls / elapsed
+
+
+def main():
+    options = tyro.cli(Options, description=__doc__)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        tune_cpu()
+    others = d3rlpy_updates()
+    print(f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'d3rlpy/s':>10}{'ratio':>8}")
+    for phase, step in phases(device, options.compile).items():
+        contenders = {"ours": step, "limit": multiply(phase, device)}
+        if phase in others:
+            contenders["d3rlpy"] = others[phase]
+        rates = {name: [] for name in contenders}
+        for contender in contenders.values():
+            rate(contender, options.burst, device)  # compilation, warm-up
+        for _ in range(options.rounds):
+            for name, contender in contenders.items():
+                rates[name].append(rate(contender, options.burst, device))
+        median = {name: statistics.median(values) for name, values in rates.items()}
+        share = statistics.median(ours / limit for ours, limit in zip(rates["ours"], rates["limit"], strict=True))
+        line = f"{phase:20}{median['ours']:10.1f}{median['limit']:12.1f}{share:8.0%}"
+        if "d3rlpy" in rates:
+            ratios = (ours / other for ours, other in zip(rates["ours"], rates["d3rlpy"], strict=True))
+            line += f"{median['d3rlpy']:10.1f}{statistics.median(ratios):8.1f}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
