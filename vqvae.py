@@ -168,6 +168,19 @@ def init_codebook(vqvae, obs, actions, iterations=10):
         vqvae.codebook.copy_(torch.where(count > 0, members.T @ z / count.clamp(min=1), vqvae.codebook))
 
 
+def describe_health(health):
+    """`codebook_health` in words, loud where the codebook is mostly dead."""
+    errors = " ".join(f"{value:.4f}" for name, value in health.items() if name.startswith("reconstruction_error_a"))
+    words = f"codebook: {health['used']:.0%} of the codes used, perplexity {health['perplexity']:.1f}, "
+    words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
+    if health["used"] < 0.5:
+        words += (
+            "\nWARNING: MOST CODES ARE DEAD. Revive them (--revive-every 100), start from k-means (--kmeans-init), "
+        )
+        words += "or ask for fewer (--num-codes)."
+    return words
+
+
 @torch.no_grad()
 def codebook_health(vqvae, obs, actions):
     """How well the codes serve obs (N, O), actions (N, A). Returns a dict of floats:

@@ -16,6 +16,7 @@ from vqvae import (
     ActionVQVAE,
     Transitions,
     codebook_health,
+    describe_health,
     fit,
     init_codebook,
     make_transitions,
@@ -267,6 +268,12 @@ def test_codebook_health_of_known_codes():
     assert health["perplexity"] == pytest.approx(2)
     assert health["reconstruction_error"] == pytest.approx((1 + 0.25) / 2, rel=1e-4)
     assert health["reconstruction_error_a1"] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_dead_codes_are_announced_loudly():
+    health = {"used": 0.4, "perplexity": 3.0, "reconstruction_error": 0.1, "reconstruction_error_a0": 0.1}
+    assert "WARNING: MOST CODES ARE DEAD" in describe_health(health)
+    assert "WARNING" not in describe_health(health | {"used": 0.6})
 
 
 # --- Transitions ---
