@@ -110,7 +110,7 @@ class Args:
     average: float = 0.001
     """rate of the running average of the Q network that acts; 0: the trained network acts"""
     act: Literal["greedy", "sample"] = "greedy"
-    """greedy: the code of highest Q, as in the authors' code; sample: from softmax(Q), the policy the paper writes down"""
+    """greedy: the code of highest Q, as in the authors' code; sample: from softmax(Q), as the paper defines it"""
     # --- Continuous CQL ---
     cql_alpha: float = 5.0
     """weight of the sampled conservative penalty"""
@@ -124,7 +124,7 @@ class Args:
 # prints no hyperparameters; the defaults above are those of the authors' gym script (64 codes, alpha 15 to 30), which they run
 # for 500_000 + 1_000_000 steps. The rows are ours: what three seeds learned reliably in far fewer steps (see README).
 HPARAMS = {
-    "maze2d-large-demos": dict(num_codes=4, act="sample", average=0.0, vq_steps=15_000, steps=10_000, eval_every=500),
+    "maze2d-large-demos": dict(num_codes=4, average=0, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper-expert": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
 }
 PLAIN = dict(num_codes=64, revive_every=0, average=0.0, act="greedy")

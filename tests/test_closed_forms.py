@@ -100,6 +100,16 @@ def test_acting_decodes_the_best_code_and_clips():
     assert agent.act(obs).abs().max() == 1
 
 
+def test_acting_by_sampling_follows_softmax_q():
+    vqvae = ActionVQVAE(3, 1, 4, hidden=(8,))
+    vqvae.decode = lambda obs, codes: codes[:, None] / 10
+    agent = DiscreteCQL(3, vqvae, dataclasses.replace(Args(), average=0.0, act="sample"))
+    agent.qf[-1].bias.data.copy_(torch.tensor([0.0, 1.0, 2.0, -1.0]))
+    obs = torch.randn(1, 3).expand(20_000, 3)
+    frequencies = torch.bincount((agent.act(obs)[:, 0] * 10).round().long(), minlength=4) / 20_000
+    torch.testing.assert_close(frequencies, agent.qf(obs[0]).softmax(0), atol=0.02, rtol=0)
+
+
 def test_targets_are_copied_and_averaged():
     args = dataclasses.replace(Args(), target_every=3, average=0.25)
     agent = DiscreteCQL(3, ActionVQVAE(3, 2, 8, hidden=(8,)), args)
