@@ -57,7 +57,7 @@ def demonstrate(env, seed, noise):
     while not truncated:
         # Cell (r, c) has its centre at (r - 0.2, c - 0.2), the goal lies at its cell's own index.
         target = path[reached] - 0.2 if reached < len(path) - 1 else maze.goal
-        if np.linalg.norm(target - obs[:2]) < 0.5 and reached < len(path) - 1:
+        if np.linalg.norm(target - obs[:2]) < 0.6 and reached < len(path) - 1:
             reached += 1
         action = np.clip(10 * (target - obs[:2]) - obs[2:], -1, 1)
         action = np.clip(action + noise * rng.standard_normal(2), -1, 1).astype(np.float32)
