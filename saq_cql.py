@@ -69,8 +69,8 @@ class Args:
     """log to Weights & Biases as well"""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """where tensors live"""
-    compile: bool | None = None
-    """torch.compile the updates; by default in runs of 10_000 steps or more, which repay the compilation"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the updates; auto: in runs of 10_000 steps or more, which repay the compilation"""
     # --- Evaluation and logging ---
     eval_every: int = 5_000
     """steps between two evaluations, each followed by a checkpoint"""
@@ -153,8 +153,8 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.compile is None:
-        args.compile = args.steps >= 10_000  # about where compiling has paid for itself
+    if args.compile == "auto":
+        args.compile = "on" if args.steps >= 10_000 else "off"
     return args
 
 
@@ -506,7 +506,7 @@ class Run:
 
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
-    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile)
+    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile == "on")
     for step in range(start + 1, args.steps + 1):
         info = update()
         agent.update_targets(step)
@@ -576,7 +576,7 @@ def main():
 
     # 1. Fit the quantizer on the dataset's states and actions.
     start = run.done.get("quantizer", 0)
-    options = (args.batch_size, args.revive_every, args.kmeans_init, start, args.compile)
+    options = (args.batch_size, args.revive_every, args.kmeans_init, start, args.compile == "on")
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, *options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))

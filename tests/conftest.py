@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite tests the CPU, bit for bit
+os.environ["OMP_NUM_THREADS"] = "1"  # its runs are tiny: threads would wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if "python " in line]
 SCRIPTS = [command.split("&&")[-1].strip() for command in COMMANDS if "saq_cql.py" in command]
-TINY = "--vq-steps 20 --steps 20 --eval-every 10 --eval-episodes 1 --final-episodes 1 --no-compile"
+TINY = "--vq-steps 20 --steps 20 --eval-every 10 --eval-episodes 1 --final-episodes 1 --compile off"
 
 
 def test_the_two_commands_are_there():
