@@ -339,7 +339,7 @@ def accelerate(update, device, compile=True):
 def with_compile(update):
     torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
-    compiled = torch.compile(update, options={"pattern_matcher": False})
+    compiled = torch.compile(update, options={"pattern_matcher": False, "fallback_random": True})
 
     def step():
         nonlocal compiled
