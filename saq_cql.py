@@ -4,7 +4,7 @@ Luo et al., "Action-Quantized Offline Reinforcement Learning for Robotic Skill L
 CQL is Kumar et al., NeurIPS 2020, arXiv:2006.04779. CQL pushes down log sum_a exp Q(s, a). Over continuous actions that
 sum is an integral and has to be estimated from samples; over the K codes of a VQ-VAE it is exact (Eq. 12).
 
-    python saq_cql.py                                             # three maze demonstrations, 8 minutes on 2 cores
+    python saq_cql.py                                             # three maze demonstrations, 7 minutes on 2 cores
     python saq_cql.py --env hopper-expert-v2 --no-compare         # any D4RL name; downloads the dataset once
     python saq_cql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
@@ -122,7 +122,7 @@ class Args:
 
 # Fields by task: the longest prefix that fits --env wins, a flag on the command line wins over its row. The paper
 # prints no hyperparameters; the defaults above are those of the authors' gym script (64 codes, alpha 15 to 30), which
-# they run for 500_000 + 1_000_000 steps. The rows are ours, chosen over several seeds (see README).
+# they run for 500_000 + 1_000_000 steps. The rows are ours.
 HPARAMS = {
     "maze2d-large-demos": dict(num_codes=4, average=0.0, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper-expert": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),

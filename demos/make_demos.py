@@ -5,7 +5,7 @@
 Three demonstrations of 800 steps from cell (1, 1) of D4RL's large maze to its goal. A controller follows the shortest
 path cell by cell (D4RL's proportional and derivative gains, 10 and -1), then holds the goal. Its actions carry
 Gaussian noise of standard deviation 0.3: without noise the demonstrations hold a single line through the maze and no
-correction of any error, so that whatever is learned from them leaves the line and does not come back.
+correction of any error that a policy could learn from.
 """
 
 import sys
