@@ -70,7 +70,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """where tensors live"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the updates; auto: in runs of 10_000 steps or more, which repay the compilation"""
+    """torch.compile the updates on the CPU; auto: in runs of 10_000 steps or more, which repay the compilation"""
     # --- Evaluation and logging ---
     eval_every: int = 5_000
     """steps between two evaluations, each followed by a checkpoint"""

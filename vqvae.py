@@ -332,14 +332,16 @@ def accelerate(update, device, compile=True):
     CPU: `compile` merges everything between the matrix products with torch.compile, backward pass included. That
     needs a C++ compiler; without one it says so and `update` runs as it is.
     """
-    step = with_compile(update) if compile else update
-    return with_cuda_graph(step) if device.type == "cuda" else step
+    if device.type == "cuda":
+        return with_cuda_graph(update)
+    return with_compile(update) if compile else update
 
 
 def with_compile(update):
     torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
+    torch._dynamo.config.nested_graph_breaks = True  # so does the sampling that comes before
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
-    compiled = torch.compile(update, options={"pattern_matcher": False, "fallback_random": True})
+    compiled = torch.compile(update, options={"pattern_matcher": False, "fallback_random": True, "cpp_wrapper": True})
 
     def step():
         nonlocal compiled
