@@ -15,6 +15,7 @@ import ctypes
 import logging
 from typing import NamedTuple
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import torch
@@ -109,11 +110,7 @@ class ActionVQVAE(nn.Module):
 
     def update(self, obs, actions):
         """One gradient step on obs (B, O), actions (B, A)."""
-        loss, info = self(obs, actions)
-        info = {name: value.detach() for name, value in info.items()}
-        loss.backward()
-        apply_gradients(self.optimizer)
-        return info
+        return minimize(*self(obs, actions), self.optimizer)
 
     @torch.no_grad()
     def encode_dataset(self, obs, actions, chunk=4096):
@@ -202,11 +199,36 @@ def codebook_health(vqvae, obs, actions):
     return health | {f"reconstruction_error_a{i}": e for i, e in enumerate(error.tolist())}
 
 
-# --- Data ---
+# --- Tasks and their data ---
 
 
 class UserError(Exception):
     """Something that the user of a script can mend. The message is one sentence: what is wrong and what to do."""
+
+
+def make_env(name):
+    """The environment and its id: a D4RL name from offline_envs.py or any Gymnasium id; (None, None) for "none"."""
+    reasons = []
+    for env_id in (f"offline_envs:{name}", name) if name != "none" else ():
+        try:
+            env = gym.make(env_id)
+        except (gym.error.Error, ImportError) as error:
+            reasons.append(str(error).rstrip("."))
+            continue
+        if not isinstance(env.action_space, gym.spaces.Box) or len(env.observation_space.shape or ()) != 1:
+            raise UserError(f"{name} must have flat Box spaces for its observations and actions.")
+        return env, env_id
+    if reasons:
+        raise UserError(f"there is no environment {name}: {'; '.join(reasons)}.")
+    return None, None
+
+
+def scoring(env, path):
+    """The function from returns to scores, and a sentence that says what such a score may be compared with."""
+    if env is None or not env.has_wrapper_attr("get_normalized_score"):
+        return float, "The score is the return itself."
+    normalized = env.get_wrapper_attr("get_normalized_score")
+    return lambda value: 100 * normalized(value), env.get_wrapper_attr("provenance")(path)
 
 
 class Transitions(NamedTuple):
@@ -309,14 +331,28 @@ def make_transitions(arrays, env, device):
 def adam(parameters, lr, weight_decay=0.0):
     """Adam, or AdamW where `weight_decay` is not 0, in the form that is fastest on the parameters' device."""
     parameters = list(parameters)
-    on_cuda = parameters[0].is_cuda
+    lr, on_cuda = torch.tensor(lr, device=parameters[0].device), parameters[0].is_cuda
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
+
+
+def minimize(loss, info, optimizer):
+    """One gradient step on `loss` of the optimizer's parameters, and of no others. Returns `info` for logging."""
+    info = {name: value.detach() for name, value in info.items()}
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    apply_gradients(optimizer)
+    return info
 
 
 @torch.compiler.disable  # torch.compile ends its graph here: tracing into an optimizer makes the step slower
 def apply_gradients(optimizer):
     optimizer.step()
     optimizer.zero_grad()
+
+
+def set_lr(optimizer, lr):
+    """Changes the learning rate, inside a captured CUDA graph as well."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
 
 
 @torch.no_grad()

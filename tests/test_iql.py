@@ -1,0 +1,192 @@
+"""saq_iql.py against the authors' numbers and against answers that are known."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_closed_forms import random_batch
+from test_parity import assert_same, batch, load_mlp, official
+
+from saq_iql import Args, ContinuousIQL, DiscreteIQL, expectile, expectile_loss, learn
+from vqvae import ActionVQVAE, Transitions, adam, minimize, mlp
+
+CRITIC = "VmapStateActionValue_0/MLP_0"
+
+
+def agent(num_codes=8, **fields):
+    return DiscreteIQL(3, ActionVQVAE(3, 2, num_codes, hidden=(8,)), dataclasses.replace(Args(), **fields))
+
+
+# --- The authors' numbers ---
+
+
+@pytest.fixture
+def official_agent():
+    args = dataclasses.replace(
+        Args(), expectile=float(official("iql_out/expectile")), discount=float(official("iql_out/discount"))
+    )
+    agent = DiscreteIQL(5, ActionVQVAE(5, 3, 8, hidden=(8,)), args)
+    agent.qf, agent.qf_target, agent.vf = mlp(5, 8, (24, 24)), mlp(5, 8, (24, 24)), mlp(5, 1, (24, 24))
+    load_mlp(agent.vf, "iql_v/MLP_0")
+    for network, name in [(agent.qf, "iql_q"), (agent.qf_target, "iql_q_target")]:
+        with torch.no_grad():
+            for i, layer in enumerate(network[::2]):
+                layer.weight.copy_(official(f"{name}/{CRITIC}/Dense_{i}/kernel")[0].T)
+                layer.bias.copy_(official(f"{name}/{CRITIC}/Dense_{i}/bias")[0])
+    return agent
+
+
+def test_v_loss_and_its_gradient(official_agent):
+    loss, info = official_agent.v_loss(batch())
+    loss.backward()
+    assert_same(info["v_loss"], official("iql_out/value_loss"))
+    for i, layer in enumerate(official_agent.vf[::2]):
+        assert_same(layer.weight.grad, official(f"iql_v_grad/MLP_0/Dense_{i}/kernel").T)
+        assert_same(layer.bias.grad, official(f"iql_v_grad/MLP_0/Dense_{i}/bias"))
+
+
+def test_qf_loss_and_its_gradient(official_agent):
+    loss, info = official_agent.qf_loss(batch())
+    loss.backward()
+    assert_same(info["qf_loss"], official("iql_out/critic_loss"))
+    assert_same(info["q_data"], official("iql_out/q"))
+    for i, layer in enumerate(official_agent.qf[::2]):
+        assert_same(layer.weight.grad, official(f"iql_q_grad/{CRITIC}/Dense_{i}/kernel")[0].T)
+        assert_same(layer.bias.grad, official(f"iql_q_grad/{CRITIC}/Dense_{i}/bias")[0])
+
+
+# --- The expectile ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 64), st.floats(0.01, 0.99), st.integers(0, 10_000))
+def test_exact_expectile_against_bisection(num_codes, tau, seed):
+    """The v at which tau E[(q - v)+] = (1 - tau) E[(v - q)+]."""
+    rng = np.random.default_rng(seed)
+    q, p = rng.normal(0, 10, num_codes), rng.dirichlet(np.ones(num_codes))
+    low, high = q.min(), q.max()
+    for _ in range(100):
+        v = (low + high) / 2
+        too_low = tau * p @ np.maximum(q - v, 0) > (1 - tau) * p @ np.maximum(v - q, 0)
+        low, high = (v, high) if too_low else (low, v)
+    ours = expectile(torch.as_tensor(q)[None], torch.as_tensor(p)[None], tau).item()
+    assert ours == pytest.approx(low, abs=1e-8)
+
+
+def test_regression_finds_the_exact_expectile():
+    """V, trained on samples of one state, ends where `expectile` says, for each tau."""
+    q, p = torch.tensor([-1.0, 0.0, 2.0, 5.0]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    for tau in (0.3, 0.5, 0.7, 0.9):
+        v = torch.zeros((), requires_grad=True)
+        optimizer = torch.optim.LBFGS([v], max_iter=100, tolerance_grad=1e-10, tolerance_change=1e-12)
+
+        def closure(tau=tau, v=v, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (p * torch.stack([expectile_loss(x - v, tau) for x in q])).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert v.item() == pytest.approx(expectile(q[None], p[None], tau).item(), abs=1e-4)
+
+
+# --- The policy of Eq. 14 ---
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_policy_solves_the_constrained_problem(seed):
+    """max_pi E_pi[A] - lambda KL(pi || p) over the distributions on 5 codes, solved by gradient ascent on logits."""
+    torch.manual_seed(seed)
+    iql = agent(num_codes=5, temperature=0.5, prior_floor=-100.0).double()
+    iql.qf[-1].weight.data *= 5
+    iql.prior[-1].weight.data *= 5
+    obs = torch.randn(1, 3).double()
+    q, log_p = iql.qf(obs)[0].detach(), iql.prior(obs).log_softmax(1)[0].detach()
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def closure():
+        optimizer.zero_grad()
+        log_pi = logits.log_softmax(0)
+        loss = -(log_pi.exp() * (q - 0.5 * (log_pi - log_p))).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    torch.testing.assert_close(iql.policy_logits(obs).softmax(1)[0], logits.softmax(0), atol=1e-4, rtol=0)
+
+
+def test_prior_floor():
+    iql = agent(prior_floor=-2.0)
+    iql.prior[-1].bias.data[0] = 50.0
+    assert iql.log_prior(torch.randn(4, 3)).min() == -2.0
+
+
+# --- Learning ---
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_probe_environment(exact):
+    """Two states: in the first, code 1 of the two codes (taken alike often) leads to the second, which pays 1 and ends;
+    code 0 ends with 0.2. At a high expectile V(first) is about 0.9 and the policy takes code 1."""
+    obs = torch.eye(2)[[0, 0, 1, 1]]
+    data = Transitions(
+        obs,
+        torch.zeros(4, 1),
+        torch.tensor([0.2, 0.0, 1.0, 1.0]),
+        torch.eye(2)[[0, 1, 1, 1]],
+        torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        torch.tensor([0, 1, 0, 1]),
+    )
+    args = dataclasses.replace(Args(), expectile=0.95, discount=0.9, steps=3000, batch_size=32, compile="off")
+    args.temperature, args.polyak, args.exact_expectile, args.lr = 0.02, 0.05, exact, 1e-3
+    iql = DiscreteIQL(2, ActionVQVAE(2, 1, 2, hidden=(8,)), args)
+    iql.vf, iql.qf, iql.qf_target = mlp(2, 1, (32,)), mlp(2, 2, (32,)), mlp(2, 2, (32,))
+    iql.vf_optimizer, iql.qf_optimizer = adam(iql.vf.parameters(), args.lr), adam(iql.qf.parameters(), args.lr)
+    for _ in learn(iql, data, args, 0):
+        pass
+    torch.testing.assert_close(iql.qf(obs[:1])[0], torch.tensor([0.2, 0.9]), atol=0.05, rtol=0)
+    expected = expectile(torch.tensor([[0.2, 0.9]]), torch.tensor([[0.5, 0.5]]), 0.95).item()
+    assert iql.value(obs[:1]).item() == pytest.approx(expected, abs=0.05)
+    assert iql.policy_logits(obs[:1]).argmax(1).item() == 1
+    torch.testing.assert_close(iql.prior(obs).softmax(1), torch.full((4, 2), 0.5), atol=0.1, rtol=0)
+
+
+def test_v_moves_before_q():
+    """The authors' order: Q's target in a step is already the new V."""
+    iql, data = agent(), random_batch()
+    old_v = iql.qf_loss(data)[1]["qf_loss"]
+    new_v = copy.deepcopy(iql)
+    minimize(*new_v.v_loss(data), new_v.vf_optimizer)
+    info = iql.update(data)
+    torch.testing.assert_close(info["qf_loss"], new_v.qf_loss(data)[1]["qf_loss"])
+    assert info["qf_loss"] != old_v
+
+
+def test_twin_weights_the_better_actions_more_and_clips():
+    iql = ContinuousIQL(3, 2, dataclasses.replace(Args(), beta=1e6))
+    assert iql.actor_loss(random_batch())[1]["weight"] <= 100
+    iql.args.beta = 0.0
+    assert iql.actor_loss(random_batch())[1]["weight"] == 1.0
+
+
+def test_actor_density_integrates_to_one():
+    iql = ContinuousIQL(3, 1, Args())
+    grid = torch.linspace(-12, 12, 20_001)[:, None]
+    density = iql.actor.log_prob(torch.zeros(len(grid), 3), grid).exp()
+    assert torch.trapezoid(density, grid[:, 0]).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_learning_rate_of_the_twins_policy_ends_at_zero():
+    iql = ContinuousIQL(3, 2, dataclasses.replace(Args(), steps=10))
+    rates = []
+    for step in range(1, 11):
+        iql.update_targets(step)
+        rates.append(iql.actor_optimizer.param_groups[0]["lr"].item())
+    assert rates[4] == pytest.approx(1.5e-4)
+    assert rates[-1] == pytest.approx(0, abs=1e-10)
