@@ -68,6 +68,7 @@ class Args:
     vq_steps: int = 30_000  # gradient steps of the quantizer (the paper: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
+    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
@@ -87,7 +88,7 @@ class Args:
 HPARAMS = {
     "maze2d-large-demos": dict(num_codes=4, vq_steps=15_000, steps=10_000, eval_every=500, act="sample"),
 }
-PLAIN = dict(num_codes=64, revive_every=0, act="greedy")
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="greedy")
 DIAGNOSIS = "action_error"  # what the figure's right panel shows
 
 
@@ -115,9 +116,8 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.compile == "auto":
-        args.compile = "on" if args.steps >= 10_000 else "off"
-    return args
+    auto = "on" if args.steps >= 10_000 else "off"
+    return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
 
 
 # --- Evaluation ---
@@ -443,8 +443,9 @@ def main():
         return report(run, trained, envs, args.eval_episodes, score, score(returns.mean()), provenance)
 
     # 1. Fit the quantizer on the dataset's states and actions.
-    options = (args.batch_size, args.revive_every, args.kmeans_init, run.done.get("quantizer", 0), args.compile == "on")
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, *options)
+    start, compile = run.done.get("quantizer", 0), args.compile == "on"
+    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, start, compile, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
 

@@ -69,6 +69,7 @@ class Args:
     vq_steps: int = 30_000  # gradient steps of the quantizer (the paper: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
+    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
@@ -95,7 +96,7 @@ class Args:
 HPARAMS = {
     "maze2d-large-demos": dict(num_codes=4, vq_steps=15_000, steps=10_000, eval_every=500, act="sample"),
 }
-PLAIN = dict(num_codes=64, revive_every=0, act="greedy")
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="greedy")
 DIAGNOSIS = "kl"  # what the figure's right panel shows
 
 
@@ -123,9 +124,8 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.compile == "auto":
-        args.compile = "on" if args.steps >= 10_000 else "off"
-    return args
+    auto = "on" if args.steps >= 10_000 else "off"
+    return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
 
 
 # --- Evaluation ---
@@ -192,11 +192,6 @@ class DiscreteBRAC(nn.Module):
         """obs (B, O) -> log p(k | s) (B, K), never below the floor."""
         return self.prior(obs).log_softmax(1).clamp(min=self.args.prior_floor)
 
-    def prior_loss(self, batch):
-        """Behavioural cloning of the codes."""
-        prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
-        return prior_loss, {"prior_loss": prior_loss}
-
     def log_policy(self, obs, q):
         """obs (B, O), q (B, K) -> log pi(k | s) (B, K): the network's, or the maximum of Eq. 6 in closed form."""
         if self.args.actor_free:
@@ -230,7 +225,8 @@ class DiscreteBRAC(nn.Module):
 
     def update(self, batch):
         """One gradient step of each network; returns what to log."""
-        info = minimize(*self.prior_loss(batch), self.prior_optimizer)
+        prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
+        info = minimize(prior_loss, {"prior_loss": prior_loss}, self.prior_optimizer)
         info |= minimize(*self.qf_loss(batch), self.qf_optimizer)
         if not self.args.actor_free:
             info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
@@ -306,10 +302,6 @@ class ContinuousBRAC(nn.Module):
         z = (actions - mean) / log_std.exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def behaviour_loss(self, batch):
-        behaviour_loss = -self.behaviour_log_prob(batch.obs, batch.actions).mean()
-        return behaviour_loss, {"behaviour_loss": behaviour_loss}
-
     def sample(self, obs):
         """One action of the policy in each state (1, B, A), and log pi - log p of it (B,), whose mean is the KL."""
         actions, log_prob = self.actor.sample(obs, 1)
@@ -333,7 +325,8 @@ class ContinuousBRAC(nn.Module):
 
     def update(self, batch):
         """One gradient step of each network; returns what to log."""
-        info = minimize(*self.behaviour_loss(batch), self.behaviour_optimizer)
+        behaviour_loss = -self.behaviour_log_prob(batch.obs, batch.actions).mean()
+        info = minimize(behaviour_loss, {"behaviour_loss": behaviour_loss}, self.behaviour_optimizer)
         info |= minimize(*self.qf_loss(batch), self.qf_optimizer)
         return info | minimize(*self.actor_loss(batch), self.actor_optimizer)
 
@@ -526,8 +519,9 @@ def main():
         return report(run, trained, envs, args.eval_episodes, score, score(returns.mean()), provenance)
 
     # 1. Fit the quantizer on the dataset's states and actions.
-    options = (args.batch_size, args.revive_every, args.kmeans_init, run.done.get("quantizer", 0), args.compile == "on")
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, *options)
+    start, compile = run.done.get("quantizer", 0), args.compile == "on"
+    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, start, compile, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
 

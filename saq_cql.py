@@ -69,6 +69,7 @@ class Args:
     vq_steps: int = 30_000  # gradient steps of the quantizer (the paper: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
+    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
@@ -94,7 +95,7 @@ class Args:
 # command line wins over the row. The paper prints no hyperparameters; the authors run 500_000 + 1_000_000 steps.
 HPARAMS = {
     # Chosen here, on these data: the README has the figures.
-    "maze2d-large-demos": dict(num_codes=4, average=0.0, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
+    "maze2d-large-demos": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper-expert": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
     # The middle of what the authors' scripts sweep: alpha 15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen.
     "hopper halfcheetah walker2d ant kitchen": dict(alpha=20.0),
@@ -103,7 +104,7 @@ HPARAMS = {
     "antmaze": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift can square tool transport": dict(alpha=20.0, eval_episodes=50),
 }
-PLAIN = dict(num_codes=64, revive_every=0, average=0.0, act="greedy")
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, average=0.0, act="greedy")
 DIAGNOSIS = "penalty"  # what the figure's right panel shows
 
 
@@ -131,9 +132,8 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.compile == "auto":
-        args.compile = "on" if args.steps >= 10_000 else "off"
-    return args
+    auto = "on" if args.steps >= 10_000 else "off"
+    return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
 
 
 # --- Evaluation ---
@@ -518,8 +518,9 @@ def main():
         return report(run, trained, envs, args.eval_episodes, score, score(returns.mean()), provenance)
 
     # 1. Fit the quantizer on the dataset's states and actions.
-    options = (args.batch_size, args.revive_every, args.kmeans_init, run.done.get("quantizer", 0), args.compile == "on")
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, *options)
+    start, compile = run.done.get("quantizer", 0), args.compile == "on"
+    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, start, compile, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
 

@@ -37,8 +37,8 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import ActionVQVAE, UserError, accelerate, adam, codebook_health, describe_health, fit
-from vqvae import load_arrays, make_env, make_transitions, minimize, mlp, polyak_update, scoring, set_lr, tune_cpu
+from vqvae import ActionVQVAE, UserError, accelerate, adam, codebook_health, decay_lr, describe_health, fit
+from vqvae import load_arrays, make_env, make_transitions, minimize, mlp, polyak_update, scoring, tune_cpu
 
 SCRIPT = Path(__file__).stem
 
@@ -69,6 +69,7 @@ class Args:
     vq_steps: int = 30_000  # gradient steps of the quantizer (the paper: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
+    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
@@ -104,7 +105,7 @@ HPARAMS = {
     "antmaze": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift can square tool transport": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50),
 }
-PLAIN = dict(num_codes=64, revive_every=0, act="sample")
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="sample")
 DIAGNOSIS = "value"  # what the figure's right panel shows
 
 
@@ -132,9 +133,8 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.compile == "auto":
-        args.compile = "on" if args.steps >= 10_000 else "off"
-    return args
+    auto = "on" if args.steps >= 10_000 else "off"
+    return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
 
 
 # --- Evaluation ---
@@ -206,11 +206,6 @@ class DiscreteIQL(nn.Module):
         """obs (B, O) -> log p(k | s) (B, K), never below the floor."""
         return self.prior(obs).log_softmax(1).clamp(min=self.args.prior_floor)
 
-    def prior_loss(self, batch):
-        """Behavioural cloning of the codes."""
-        prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
-        return prior_loss, {"prior_loss": prior_loss}
-
     def value(self, obs):
         """obs (B, O) -> V(s) (B,): the network's, or the expectile that the network would have to learn."""
         if self.args.exact_expectile:
@@ -233,7 +228,8 @@ class DiscreteIQL(nn.Module):
     def update(self, batch):
         """A gradient step of the prior, of V, and of Q toward the new V; returns what to log. The authors train the
         prior before the rest: since only `act` reads it, that comes to the same."""
-        info = minimize(*self.prior_loss(batch), self.prior_optimizer)
+        prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
+        info = minimize(prior_loss, {"prior_loss": prior_loss}, self.prior_optimizer)
         if not self.args.exact_expectile:
             info |= minimize(*self.v_loss(batch), self.vf_optimizer)
         return info | minimize(*self.qf_loss(batch), self.qf_optimizer)
@@ -336,7 +332,7 @@ class ContinuousIQL(nn.Module):
     def update_targets(self, step):
         """After each step, counted from 1: targets follow, the policy's learning rate falls to 0 along a cosine."""
         polyak_update(self.qf_target, self.qf, self.args.polyak)
-        set_lr(self.actor_optimizer, self.args.lr * (1 + math.cos(math.pi * step / self.steps)) / 2)
+        decay_lr(self.actor_optimizer, self.args.lr, step, self.steps)
 
     def act(self, obs):
         """obs (B, O) -> actions (B, A): the policy's mode."""
@@ -523,8 +519,9 @@ def main():
         return report(run, trained, envs, args.eval_episodes, score, score(returns.mean()), provenance)
 
     # 1. Fit the quantizer on the dataset's states and actions.
-    options = (args.batch_size, args.revive_every, args.kmeans_init, run.done.get("quantizer", 0), args.compile == "on")
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, *options)
+    start, compile = run.done.get("quantizer", 0), args.compile == "on"
+    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, start, compile, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
 

@@ -13,6 +13,7 @@ scale; `forward` says where. The `accelerate` at the end makes a training step f
 
 import ctypes
 import logging
+import math
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -53,7 +54,7 @@ class ActionVQVAE(nn.Module):
 
     def __init__(self, obs_dim, action_dim, num_codes=64, code_dim=128, hidden=(512, 512), action_only=False, lr=3e-4):
         super().__init__()
-        self.num_codes, self.action_only = num_codes, action_only
+        self.num_codes, self.action_only, self.lr = num_codes, action_only, lr
         self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
         self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
         self.prior = mlp(obs_dim, num_codes, hidden)
@@ -121,10 +122,13 @@ class ActionVQVAE(nn.Module):
 # --- The fit and its codebook's health ---
 
 
-def fit(vqvae, obs, actions, steps, batch_size=256, revive_every=100, kmeans_init=False, start=0, compile=False):
+def fit(
+    vqvae, obs, actions, steps, batch_size=256, start=0, compile=False, decay=True, revive_every=100, kmeans_init=False
+):
     """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
     after each step, for the caller to log, save or stop.
 
+    decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
     revive_every: move dead codes to encoder outputs every so many steps; 0 for the paper's plain fit.
     kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random.
     """
@@ -137,6 +141,8 @@ def fit(vqvae, obs, actions, steps, batch_size=256, revive_every=100, kmeans_ini
         init_codebook(vqvae, *sample(4096))
     update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile)
     for step in range(start + 1, steps + 1):
+        if decay:
+            decay_lr(vqvae.optimizer, vqvae.lr, step, steps)
         info = update()
         if revive_every and step % revive_every == 0:
             revive_dead_codes(vqvae, *sample(4096))
@@ -349,10 +355,10 @@ def apply_gradients(optimizer):
     optimizer.zero_grad()
 
 
-def set_lr(optimizer, lr):
-    """Changes the learning rate, inside a captured CUDA graph as well."""
+def decay_lr(optimizer, lr, step, steps):
+    """Sets the learning rate of step `step` on a cosine from `lr` to 0. In place: a captured CUDA graph sees it too."""
     for group in optimizer.param_groups:
-        group["lr"].fill_(lr)
+        group["lr"].fill_(lr * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 @torch.no_grad()

@@ -269,6 +269,16 @@ def test_fit_separates_two_modes_of_action():
     assert errors[1] < 0.05
 
 
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rate_of_the_fit(decay):
+    vqvae, obs = ActionVQVAE(3, 2, 4, hidden=(8,), lr=1e-3), torch.randn(64, 3)
+    rates = []
+    for _ in fit(vqvae, obs, obs[:, :2].tanh(), steps=10, decay=decay):
+        rates.append(vqvae.optimizer.param_groups[0]["lr"].item())
+    assert rates[4] == pytest.approx(5e-4 if decay else 1e-3)
+    assert rates[-1] == pytest.approx(0 if decay else 1e-3, abs=1e-10)
+
+
 def test_codebook_health_of_known_codes():
     vqvae = ActionVQVAE(1, 2, 4)
     vqvae.encode = lambda obs, actions: (torch.arange(len(obs)) % 2).long()

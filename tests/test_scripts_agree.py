@@ -22,7 +22,7 @@ def test_what_every_script_has(script):
     assert set(definitions(script)) >= SHARED
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(SCRIPTS, 2))
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SCRIPTS, 2)))
 def test_shared_definitions_are_the_same(one, other):
     ours, theirs = definitions(one), definitions(other)
     for name in (ours.keys() & theirs.keys()) - OWN:
@@ -55,7 +55,7 @@ def test_scripts_stay_short(script):
     assert max(f.end_lineno - f.lineno + 1 for f in functions) <= 60
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(SCRIPTS, 2))
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SCRIPTS, 2)))
 def test_a_diff_shows_the_algorithm_alone(one, other):
     """At most 45% of the lines of the longer script are not the other's."""
     a, b = ((ROOT / script).read_text().splitlines() for script in (one, other))
