@@ -89,7 +89,7 @@ HPARAMS = {
     "maze2d-large-demos": dict(num_codes=4, vq_steps=15_000, steps=10_000, eval_every=500, act="sample"),
 }
 PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="greedy")
-DIAGNOSIS = "action_error"  # what the figure's right panel shows
+DIAGNOSIS = {"action_error": "-"}  # the series in the figure's right panel, and their lines
 
 
 def parse_args():
@@ -392,21 +392,21 @@ def report(run, agents, envs, episodes, score, data_score, provenance):
     left.axhline(data_score, color="grey", linestyle="--", label="episodes of the dataset")
     print(f"\n{'':12}{'score':>8}{'last 5 evaluations':>22}{'return':>20}")
     for i, (name, agent) in enumerate(agents.items()):
-        returns = evaluate(agent.act, envs, episodes, run.args.device)
+        label, returns = name.upper().replace("_", "-"), evaluate(agent.act, envs, episodes, run.args.device)
         mean, std, (steps, scores) = returns.mean(), returns.std(), run.history(f"{name}/score")
         last = np.array(scores[-5:])
-        print(f"{name:12}{score(mean):8.1f}{last.mean():13.1f} +- {last.std():<5.1f}{mean:13.1f} +- {std:<5.1f}")
+        print(f"{label:12}{score(mean):8.1f}{last.mean():13.1f} +- {last.std():<5.1f}{mean:13.1f} +- {std:<5.1f}")
         result[name] = {"score": score(mean), "last_5_scores": list(last), "return": mean, "return_std": std}
-        left.plot(steps, scores, color=f"C{i}", label=name)
-        for kind, line in (("", "-"), ("_exact", "-"), ("_sampled", ":")):
-            if points := run.history(f"{name}/{DIAGNOSIS}{kind}"):
-                right.plot(*points, line, color=f"C{i}", label=name + kind.replace("_", ", "))
+        left.plot(steps, scores, color=f"C{i}", label=label)
+        for series, line in DIAGNOSIS.items():
+            if points := run.history(f"{name}/{series}"):
+                right.plot(*points, line, color=f"C{i}", label=f"{label}, {series}")
     print(f"{episodes} episodes each; those of the dataset score {data_score:.1f}. {provenance}")
     if run.args.eval_only:
         return
     (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=float))
     left.set(title=run.args.env, xlabel="gradient steps", ylabel="score")
-    right.set(title=DIAGNOSIS, xlabel="gradient steps")
+    right.set(title=" and ".join(DIAGNOSIS), xlabel="gradient steps")
     left.legend()
     right.legend()
     figure.savefig(run.folder / "comparison.png", dpi=120)

@@ -1,4 +1,4 @@
-"""Gradient steps per second of each phase of saq_cql.py, and the share it reaches of what the matrix products alone do.
+"""Gradient steps per second of each phase of each script, and the share they reach of what matrix products do alone.
 
     python benchmarks/speed.py
 
@@ -18,7 +18,10 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from saq_cql import Args, ContinuousCQL, DiscreteCQL
+import saq_bc
+import saq_brac
+import saq_cql
+import saq_iql
 from vqvae import ActionVQVAE, Transitions, accelerate, tune_cpu
 
 OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
@@ -26,50 +29,66 @@ OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
 
 @dataclass
 class Options:
-    compile: bool = True
-    """torch.compile the updates, as the scripts do in long runs"""
-    rounds: int = 15
-    """bursts of each phase"""
-    burst: float = 0.4
-    """seconds of one burst"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where to run"""
+    compile: bool = True  # torch.compile the updates, as the scripts do in long runs
+    rounds: int = 15  # bursts of each phase
+    burst: float = 0.4  # seconds of one burst
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 
 # --- The matrix products of one step: (rows, inner, columns) of each ---
 
 
-def forward(sizes, rows):
+def forward(sizes, rows=BATCH):
     return [(rows, fan_in, fan_out) for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)]
 
 
-def backward(sizes, rows, to_input=False):
-    """Gradients of the weights, and of each layer's input; of the first layer's only where `to_input`."""
-    weights = [(fan_out, rows, fan_in) for _, fan_in, fan_out in forward(sizes, rows)]
-    inputs = [(rows, fan_out, fan_in) for _, fan_in, fan_out in forward(sizes, rows)]
-    return weights + inputs[0 if to_input else 1 :]
+def to_inputs(sizes, rows=BATCH):
+    """The gradient of each layer's input."""
+    return [(rows, fan_out, fan_in) for _, fan_in, fan_out in forward(sizes, rows)]
 
 
-def products_of(phase):
-    if phase == "quantizer fit":
-        encoder, decoder, prior = [OBS + ACTIONS, 512, 512, 128], [OBS + 128, 512, 512, ACTIONS], [OBS, 512, 512, CODES]
-        nearest = [(BATCH, 128, CODES), (BATCH, CODES, 128), (CODES, BATCH, 128)]  # distances, look-up, its gradient
-        steps = [forward(net, BATCH) for net in (encoder, decoder, prior)] + [nearest]
-        return sum(steps, backward(encoder, BATCH) + backward(decoder, BATCH, True) + backward(prior, BATCH))
-    if phase == "discrete update":
-        qf = [OBS, 512, 512, CODES]
-        return 3 * forward(qf, BATCH) + backward(qf, BATCH)  # Q(s), Q(s'), target(s')
-    qf, actor = [OBS + ACTIONS, 256, 256, 1], [OBS, 256, 256, 2 * ACTIONS]
-    critic_loss = 2 * (forward(qf, BATCH) + forward(qf, SAMPLES * BATCH) + backward(qf, SAMPLES * BATCH))
-    actor_loss = forward(actor, BATCH) + backward(actor, BATCH) + 2 * (forward(qf, BATCH) + backward(qf, BATCH, True))
-    return critic_loss + 3 * forward(actor, BATCH) + actor_loss
+def to_weights(sizes, rows=BATCH):
+    """The gradients of the weights; the first layer's input needs none."""
+    return [(fan_out, rows, fan_in) for _, fan_in, fan_out in forward(sizes, rows)] + to_inputs(sizes, rows)[1:]
+
+
+def train(sizes, rows=BATCH):
+    return forward(sizes, rows) + to_weights(sizes, rows)
+
+
+Q_K, V_512 = [OBS, 512, 512, CODES], [OBS, 512, 512, 1]  # SAQ's networks
+Q, V, POLICY, MEAN = (
+    [OBS + ACTIONS, 256, 256, 1],
+    [OBS, 256, 256, 1],
+    [OBS, 256, 256, 2 * ACTIONS],
+    [OBS, 256, 256, ACTIONS],
+)
+ENCODER, DECODER = [OBS + ACTIONS, 512, 512, 128], [OBS + 128, 512, 512, ACTIONS]
+PRODUCTS = {
+    "quantizer fit": train(ENCODER)
+    + train(DECODER)
+    + to_inputs(DECODER)[:1]
+    + train(Q_K)
+    + [(BATCH, 128, CODES), (BATCH, CODES, 128), (CODES, BATCH, 128)],  # distances, look-up, its gradient
+    "SAQ-CQL": train(Q_K) + 2 * forward(Q_K),
+    "SAQ-IQL": 2 * train(Q_K) + forward(Q_K) + train(V_512) + forward(V_512),
+    "SAQ-BRAC": 4 * train(Q_K) + 7 * forward(Q_K),
+    "SAQ-BC": train(Q_K),
+    "CQL": 2 * (train(Q, SAMPLES * BATCH) + forward(Q))
+    + 3 * forward(POLICY)
+    + train(POLICY)
+    + 2 * (forward(Q) + to_inputs(Q)),
+    "IQL": train(V) + 2 * forward(V) + train(MEAN) + 4 * forward(Q) + 2 * train(Q),
+    "BRAC": 2 * train(POLICY) + 3 * forward(POLICY) + 2 * (train(Q) + 2 * forward(Q) + to_inputs(Q)),
+    "BC": train(MEAN),
+}
 
 
 def multiply(phase, device):
     """A function that does the products of one step of `phase`, each on operands of its own."""
     operands = [
         (torch.rand(m, k, device=device), torch.rand(n, k, device=device).T, torch.empty(m, n, device=device))
-        for m, k, n in products_of(phase)
+        for m, k, n in PRODUCTS[phase]
     ]
 
     def step():
@@ -83,20 +102,21 @@ def multiply(phase, device):
 
 
 def phases(device, compile):
-    args = Args(steps=0, device=str(device))
     rows = 100_000
     obs, next_obs = torch.randn(2, rows, OBS, device=device)
     actions, codes = torch.rand(rows, ACTIONS, device=device) * 2 - 1, torch.randint(CODES, (rows,), device=device)
     data = Transitions(obs, actions, torch.rand(rows, device=device), next_obs, torch.zeros(rows, device=device), codes)
     with device:
         vqvae = ActionVQVAE(OBS, ACTIONS, CODES)
-        discrete, continuous = DiscreteCQL(OBS, vqvae, args), ContinuousCQL(OBS, ACTIONS, args)
+        agents = {}
+        for script in (saq_cql, saq_iql, saq_brac, saq_bc):
+            agents |= script.make_agents(OBS, ACTIONS, vqvae, script.Args(device=str(device)))
 
     def fit_step():
         batch = data.sample(BATCH)
         return vqvae.update(batch.obs, batch.actions)
 
-    def with_target(agent):
+    def learn_step(agent):
         update, step = accelerate(lambda: agent.update(data.sample(BATCH)), device, compile), 0
 
         def train():
@@ -107,11 +127,8 @@ def phases(device, compile):
 
         return train
 
-    return {
-        "quantizer fit": accelerate(fit_step, device, compile),
-        "discrete update": with_target(discrete),
-        "continuous update": with_target(continuous),
-    }
+    steps = {name.upper().replace("_", "-"): learn_step(agent) for name, agent in agents.items()}
+    return {"quantizer fit": accelerate(fit_step, device, compile)} | steps
 
 
 def d3rlpy_updates():
@@ -122,10 +139,10 @@ def d3rlpy_updates():
         return {}
     rows, rng = 10_000, np.random.default_rng(0)
     encoder = {512: d3rlpy.models.VectorEncoderFactory([512, 512]), 256: d3rlpy.models.VectorEncoderFactory([256, 256])}
-    kinds = {"discrete update": d3rlpy.ActionSpace.DISCRETE, "continuous update": d3rlpy.ActionSpace.CONTINUOUS}
+    kinds = {"SAQ-CQL": d3rlpy.ActionSpace.DISCRETE, "CQL": d3rlpy.ActionSpace.CONTINUOUS}
     updates = {}
     for phase, kind in kinds.items():
-        if phase == "discrete update":
+        if phase == "SAQ-CQL":
             actions = rng.integers(CODES, size=(rows, 1))
             config = d3rlpy.algos.DiscreteCQLConfig(batch_size=BATCH, encoder_factory=encoder[512])
         else:
@@ -161,7 +178,9 @@ def main():
         tune_cpu()
     others = d3rlpy_updates()
     print(f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'d3rlpy/s':>10}{'ratio':>8}")
-    for phase, step in phases(device, options.compile).items():
+    steps = phases(device, options.compile)
+    for phase in PRODUCTS:
+        step = steps[phase]
         contenders = {"ours": step, "limit": multiply(phase, device)}
         if phase in others:
             contenders["d3rlpy"] = others[phase]

@@ -23,14 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # offline_envs.py
 
 @dataclass
 class Args:
-    out: Path = Path(__file__).parent / "maze2d-large-demos-v1.hdf5"
-    """where to write the dataset"""
-    episodes: int = 3
-    """number of demonstrations"""
-    noise: float = 0.3
-    """standard deviation of the noise added to the controller's actions"""
-    seed: int = 0
-    """episode i resets the environment and draws its noise with seed + i"""
+    out: Path = Path(__file__).parent / "maze2d-large-demos-v1.hdf5"  # where to write the dataset
+    episodes: int = 3  # number of demonstrations
+    noise: float = 0.3  # standard deviation of the noise added to the controller's actions
+    seed: int = 0  # episode i resets the environment and draws its noise with seed + i
 
 
 def shortest_path(cells, start, goal):

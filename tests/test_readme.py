@@ -12,7 +12,7 @@ from conftest import ROOT, dataset, run_script
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if "python " in line]
-SCRIPTS = [command.split("&&")[-1].strip() for command in COMMANDS if "saq_cql.py" in command]
+SCRIPTS = [command.split("&&")[-1].strip() for command in COMMANDS if "python saq_" in command]
 TINY = "--vq-steps 20 --steps 20 --eval-every 10 --eval-episodes 1 --final-episodes 1 --compile off"
 
 
@@ -24,15 +24,15 @@ def test_the_two_commands_are_there():
 
 
 @pytest.mark.parametrize("command", sorted(set(SCRIPTS)))
-def test_saq_cql_commands(command, tmp_path):
-    words = shlex.split(command)[1:]
+def test_commands_of_the_scripts(command, tmp_path):
+    script, *words = shlex.split(command)[1:]
     if "--resume" in words or "--eval-only" in words:  # of the run that this makes
-        assert run_script("--out", tmp_path, "--no-compare", *TINY.split()).returncode == 0
+        assert run_script("--out", tmp_path, "--no-compare", *TINY.split(), script=script).returncode == 0
         words[words.index("DIR")] = str(next(tmp_path.iterdir()))
-        assert run_script(*words[1:]).returncode == 0
+        assert run_script(*words, script=script).returncode == 0
         return
     if "--help" in words:
-        assert "--num-codes" in run_script("--help").stdout
+        assert "--num-codes" in run_script("--help", script=script).stdout
         return
     if "mine.npz" in words or "mine.hdf5" in words:  # stands for the reader's own file
         at = words.index("--dataset-path") + 1
@@ -40,7 +40,7 @@ def test_saq_cql_commands(command, tmp_path):
         save(tmp_path / Path(words[at]).name)
     elif "--env" in words:
         pytest.skip("downloads a dataset")
-    process = run_script(*words[1:], *TINY.split(), "--out", tmp_path / "runs")
+    process = run_script(*words, *TINY.split(), "--out", tmp_path / "runs", script=script)
     assert process.returncode == 0, process.stderr
     assert (next((tmp_path / "runs").iterdir()) / "checkpoint.pt").exists()
 
@@ -48,8 +48,9 @@ def test_saq_cql_commands(command, tmp_path):
 def test_the_benchmark(tmp_path):
     process = run_script("--rounds", 1, "--burst", 0.05, "--no-compile", script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
-    rows = process.stdout.splitlines()[-3:]
-    assert [row[:20].strip() for row in rows] == ["quantizer fit", "discrete update", "continuous update"]
+    rows = process.stdout.splitlines()[1:]
+    names = ["quantizer fit", "SAQ-CQL", "SAQ-IQL", "SAQ-BRAC", "SAQ-BC", "CQL", "IQL", "BRAC", "BC"]
+    assert [row[:20].strip() for row in rows] == names
     assert all(float(row.split("%")[0].split()[-1]) > 0 for row in rows)
 
 
@@ -60,6 +61,14 @@ def save(path):
         with h5py.File(path, "w") as file:
             for key, array in dataset().items():
                 file[key] = array
+
+
+def test_the_table_of_algorithms(tmp_path):
+    """The committed figures are shown as the README shows them."""
+    process = run_script("--show", script="benchmarks/algorithms.py")
+    assert process.returncode == 0, process.stderr
+    for line in process.stdout.strip().splitlines():
+        assert line in README.splitlines(), line
 
 
 def test_files_that_the_readme_names_exist():

@@ -37,12 +37,24 @@ def tensors(state, prefix=""):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One short run of the embedded task with its twin, never interrupted."""
-    out = tmp_path_factory.mktemp("finished")
-    process = run_script("--out", out, *SHORT)
-    assert process.returncode == 0, process.stderr
-    return only_run(out), process
+def finish(tmp_path_factory):
+    """finish(script): the folder and the process of one short run of the embedded task with its twins."""
+    runs = {}
+
+    def finish(script):
+        if script not in runs:
+            out = tmp_path_factory.mktemp(script)
+            process = run_script("--out", out, *SHORT, script=f"{script}.py")
+            assert process.returncode == 0, process.stderr
+            runs[script] = (only_run(out), process)
+        return runs[script]
+
+    return finish
+
+
+@pytest.fixture
+def finished(finish):
+    return finish("saq_cql")
 
 
 def test_a_run_writes_its_files(finished):
@@ -79,10 +91,34 @@ def test_a_run_writes_its_files(finished):
     assert "2397 transitions, 3 episodes" in process.stdout
 
 
-@pytest.mark.parametrize("phase", ["quantizer", "saq_cql", "cql"])
-def test_killed_and_resumed_is_bit_for_bit_the_same(finished, tmp_path, phase):
+@pytest.mark.parametrize(
+    ("script", "agents", "logged"),
+    [
+        ("saq_iql", ["saq_iql", "iql"], {"saq_iql/prior_loss", "saq_iql/v_loss", "saq_iql/value", "iql/weight"}),
+        ("saq_brac", ["saq_brac", "brac"], {"saq_brac/actor_loss", "saq_brac/kl_exact", "brac/kl_sampled"}),
+        ("saq_bc", ["saq_bc", "bc", "gaussian_bc"], {"saq_bc/loss", "bc/action_error", "gaussian_bc/action_error"}),
+    ],
+)
+def test_the_other_scripts(finish, script, agents, logged):
+    folder, process = finish(script)
+    assert checkpoint(folder)["done"] == dict.fromkeys(["quantizer", *agents], 200)
+    result = json.loads((folder / "result.json").read_text())
+    labels = [agent.upper().replace("_", "-") for agent in agents]
+    assert [line.split()[0] for line in process.stdout.splitlines() if line.startswith(tuple(labels))] == labels
+    assert all(len(result[agent]["last_5_scores"]) == 2 for agent in agents)
+    with open(folder / "metrics.csv") as file:
+        assert logged <= {row["name"] for row in csv.DictReader(file)}
+    assert (folder / "comparison.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "phase"),
+    [("saq_cql", "quantizer"), ("saq_cql", "saq_cql"), ("saq_cql", "cql"), ("saq_iql", "iql")],
+)
+def test_killed_and_resumed_is_bit_for_bit_the_same(finish, tmp_path, script, phase):
     """kill -9 some time after the first checkpoint of a phase, --resume, and nothing differs at the end."""
-    command = [sys.executable, "saq_cql.py", "--out", str(tmp_path), *map(str, SHORT)]
+    finished, _ = finish(script)
+    command = [sys.executable, f"{script}.py", "--out", str(tmp_path), *map(str, SHORT)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
@@ -93,13 +129,13 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(finished, tmp_path, phase):
     process.kill()
     process.wait()
     folder = only_run(tmp_path)
-    assert checkpoint(folder)["done"] != {"quantizer": 200, "saq_cql": 200, "cql": 200}
-    resumed = run_script("--resume", folder)
+    assert checkpoint(folder)["done"] != checkpoint(finished)["done"]
+    resumed = run_script("--resume", folder, script=f"{script}.py")
     assert resumed.returncode == 0, resumed.stderr
-    ours, theirs = tensors(checkpoint(folder)), tensors(checkpoint(finished[0]))
+    ours, theirs = tensors(checkpoint(folder)), tensors(checkpoint(finished))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert (folder / "metrics.csv").read_text() == (finished[0] / "metrics.csv").read_text()
+    assert (folder / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
 
 
 def test_a_saved_policy_scores_the_same_in_a_fresh_process(finished, tmp_path):
@@ -115,10 +151,13 @@ def test_a_saved_policy_scores_the_same_in_a_fresh_process(finished, tmp_path):
 def test_without_its_twin_saq_learns_the_same(finished, tmp_path):
     process = run_script("--out", tmp_path, "--no-compare", *SHORT)
     assert process.returncode == 0, process.stderr
-    ours, theirs = (checkpoint(folder)["learners"] for folder in (only_run(tmp_path), finished[0]))
-    assert ours.keys() == {"quantizer", "saq_cql"}
-    for learner, state in ours.items():
-        assert all(torch.equal(tensor, theirs[learner][name]) for name, tensor in state.items())
+    ours, theirs = (tensors(checkpoint(folder)["parts"]) for folder in (only_run(tmp_path), finished[0]))
+    assert {name.split("/")[1] for name in theirs} - {name.split("/")[1] for name in ours} == {
+        "cql",
+        "cql.actor_optimizer",
+        "cql.qf_optimizer",
+    }
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

@@ -1,0 +1,119 @@
+"""Runs the four scripts, each with its continuous twins, on six datasets and several seeds.
+
+    python benchmarks/algorithms.py --data FOLDER
+
+Writes a line per agent and seed to benchmarks/results/algorithms.csv, with the command that made it, as soon as its run
+ends, and leaves out what the file holds already: an interrupted table goes on where it stopped. At the end (with
+--show: at once) it prints means and standard errors over the seeds as a Markdown table.
+"""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "benchmarks" / "results" / "algorithms.csv"
+COLUMNS = ["task", "agent", "seed", "last_5_mean", "last_5_std", "final", "command"]
+AGENTS = ["saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac", "saq_bc", "bc", "gaussian_bc"]
+# Task: the file in --data that stands in for D4RL's dataset (none for the demonstrations that ship here).
+TASKS = {
+    "maze2d-large-demos-v1": None,
+    "hopper-expert-v2": "hopper_expert-standin.hdf5",
+    "hopper-medium-v2": "hopper_medium-standin.hdf5",
+    "hopper-medium-replay-v2": "hopper_medium-replay-standin.hdf5",
+    "halfcheetah-medium-replay-v2": "halfcheetah_medium-replay-standin.hdf5",
+    "door-human-v0": "door-human-v0.hdf5",
+}
+# One budget for all: far below the paper's 500_000 + 1_000_000 steps, so that the table takes hours and not weeks.
+BUDGET = ["--vq-steps", "10000", "--steps", "10000", "--eval-every", "1000", "--final-episodes", "20"]
+MAZE_BUDGET = ["--vq-steps", "15000", *BUDGET[2:]]
+
+
+@dataclass
+class Options:
+    data: Path | None = None  # folder with the datasets; without it, only the embedded demonstrations
+    seeds: int = 3  # seeds 0, 1, ... of every run
+    workers: int = os.cpu_count() or 1  # runs at the same time, one thread each
+    show: bool = False  # run nothing, print what the CSV holds
+
+
+def read():
+    if not TABLE.exists():
+        return []
+    with open(TABLE, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(task, script, seed, options):
+    """One run in a process of its own; appends its agents' results to the CSV."""
+    command = ["python", f"{script}.py", "--env", task, "--seed", str(seed)]
+    command += BUDGET if TASKS[task] else MAZE_BUDGET
+    dataset = ["--dataset-path", str(options.data.resolve() / TASKS[task])] if TASKS[task] else []
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.run(
+            [sys.executable, *command[1:], *dataset, "--out", folder],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            print(f"failed: {' '.join(command)}\n{process.stderr[-2000:]}", flush=True)
+            return
+        result = json.loads(next(Path(folder).glob("*/result.json")).read_text())
+    shown = command + ([f"--dataset-path {TASKS[task]}"] if TASKS[task] else [])
+    rows = []
+    for agent in AGENTS:
+        if agent in result:
+            last = result[agent]["last_5_scores"]
+            scores = [statistics.mean(last), statistics.pstdev(last), result[agent]["score"]]
+            rows.append([task, agent, seed, *(round(score, 2) for score in scores), " ".join(shown)])
+            print(f"{task:30}{agent:12} seed {seed}: {scores[0]:7.1f} +- {scores[1]:.1f}", flush=True)
+    TABLE.parent.mkdir(exist_ok=True)
+    new = not TABLE.exists()
+    with open(TABLE, "a", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows] if new else rows)
+
+
+def show():
+    """The Markdown table: mean over seeds of the mean over the last five evaluations, and its standard error."""
+    scores = {}
+    for row in read():
+        scores.setdefault((row["task"], row["agent"]), []).append(float(row["last_5_mean"]))
+    print("| task | " + " | ".join(AGENTS) + " |\n|---" * 1 + "|---" * len(AGENTS) + "|")
+    for task in TASKS:
+        cells = []
+        for agent in AGENTS:
+            values = scores.get((task, agent), [])
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
+        print(f"| {task} | " + " | ".join(cells) + " |")
+
+
+def main():
+    options = tyro.cli(Options, description=__doc__)
+    if not options.show:
+        done = {(row["task"], row["agent"], int(row["seed"])) for row in read()}
+        jobs = [
+            (task, script, seed, options)
+            for seed in range(options.seeds)
+            for task, file in TASKS.items()
+            for script in ("saq_cql", "saq_iql", "saq_brac", "saq_bc")
+            if (task, script, seed) not in done and (file is None or options.data)
+        ]
+        with ThreadPoolExecutor(options.workers) as pool:
+            list(pool.map(lambda job: run(*job), jobs))
+    show()
+
+
+if __name__ == "__main__":
+    main()
