@@ -5,7 +5,7 @@ CQL is Kumar et al., NeurIPS 2020, arXiv:2006.04779. CQL pushes down log sum_a e
 sum is an integral and has to be estimated from samples; over the K codes of a VQ-VAE it is exact (Eq. 12).
 
     python saq_cql.py                                             # three maze demonstrations, 7 minutes on 2 cores
-    python saq_cql.py --env hopper-expert-v2 --no-compare         # any D4RL name; downloads the dataset once
+    python saq_cql.py --env hopper-expert-v2 --no-compare         # a D4RL name; downloads the dataset once
     python saq_cql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Needs vqvae.py next to it; offline_envs.py too for D4RL's names.
@@ -37,8 +37,9 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import ActionVQVAE, UserError, accelerate, adam, codebook_health, describe_health, fit
-from vqvae import load_arrays, make_env, make_transitions, minimize, mlp, polyak_update, scoring, tune_cpu
+from vqvae import ActionVQVAE, UserError, accelerate, adam, check_arguments, codebook_health, describe_health, fit
+from vqvae import load_arrays, make_env, make_transitions, minimize, mlp, polyak_update, scale_rewards, scoring
+from vqvae import tune_cpu
 
 SCRIPT = Path(__file__).stem
 
@@ -48,7 +49,7 @@ SCRIPT = Path(__file__).stem
 @dataclass
 class Args:
     # --- Task and data ---
-    env: str = "maze2d-large-demos-v1"  # a D4RL name, any Gymnasium id, or "none" to skip evaluation
+    env: str = "maze2d-large-demos-v1"  # a D4RL name of offline_envs.py, any Gymnasium id, or "none": no evaluation
     dataset_path: str | None = None  # an .hdf5 or .npz file in D4RL's layout, in place of the task's own dataset
     # --- The run ---
     seed: int = 0  # seed of networks, batches and evaluation
@@ -66,20 +67,20 @@ class Args:
     final_episodes: int = 100  # episodes of the final evaluation
     log_every: int = 500  # steps between two log entries
     # --- Quantizer ---
-    vq_steps: int = 30_000  # gradient steps of the quantizer (the paper: 500_000)
+    vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
-    steps: int = 70_000  # gradient steps of each agent (the paper: 1_000_000)
+    steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions a gradient step sees
     lr: float = 3e-4  # learning rate of every network
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
-    act: Literal["greedy", "sample"] = "greedy"  # SAQ takes the most likely code, or draws one from its policy
+    act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
     # --- SAQ-CQL ---
     alpha: float = 20.0  # weight of the penalty; the TD loss has no 1/2, so the paper's alpha is half of it
     target_every: int = 200  # steps between two copies of the Q network into its target
@@ -92,7 +93,7 @@ class Args:
 
 
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
-# command line wins over the row. The paper prints no hyperparameters; the authors run 500_000 + 1_000_000 steps.
+# command line wins over the row. The paper prints no hyperparameters; what it says of the authors is from their code.
 HPARAMS = {
     # Chosen here, on these data: the README has the figures.
     "maze2d-large-demos": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
@@ -104,7 +105,7 @@ HPARAMS = {
     "antmaze": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift can square tool transport": dict(alpha=20.0, eval_episodes=50),
 }
-PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, average=0.0, act="greedy")
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, average=0.0, act="greedy", alpha=20.0)
 DIAGNOSIS = {"penalty_exact": "-", "penalty_sampled": ":"}  # the series in the figure's right panel, and their lines
 
 
@@ -119,19 +120,14 @@ def parse_args():
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder} is not the folder of a run of this script: {error}.") from error
     else:
-        rows = {word: row for words, row in HPARAMS.items() for word in words.split() if args.env.startswith(word)}
+        task = args.env.split(":")[-1]
+        rows = {word: row for words, row in HPARAMS.items() for word in words.split() if task.startswith(word)}
         word = max(rows, key=len, default="any task")
         row = rows.get(word, {}) | (PLAIN if args.plain else {})
         default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
         print(f"hyperparameters for {word}: {row or 'the defaults'}")
     args = tyro.cli(Args, default=default)
-    if args.env != default.env:
-        raise UserError(f"{folder} holds a run of {default.env}, not of {args.env}: leave out --env.")
-    for name in ("steps", "vq_steps", "num_codes", "batch_size", "log_every", "eval_every", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
+    check_arguments(args, default if folder else None)
     auto = "on" if args.steps >= 10_000 else "off"
     return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
 
@@ -144,9 +140,9 @@ def make_eval_envs(env_id, episodes):
     return gym.make_vec(env_id, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=rescale)
 
 
-def choose(logits, act):
+def choose(logits, how):
     """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if act == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
+    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 @torch.no_grad()
@@ -169,7 +165,7 @@ def evaluate(act, envs, episodes, device, seed=1_000):
 @torch.no_grad()
 def assess(agent, envs, data, score, args):
     """What is logged at an evaluation: score and return where there is an environment, and the agent's diagnosis."""
-    with torch.random.fork_rng():  # an evaluation leaves the training's random numbers alone
+    with torch.random.fork_rng([0] if args.device == "cuda" else []):  # the training's random numbers stay as they are
         torch.manual_seed(args.seed)
         values = {name: value.item() for name, value in agent.diagnose(data.sample(256)).items()}
         if envs:
@@ -186,7 +182,7 @@ class DiscreteCQL(nn.Module):
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
-        self.args, self.steps, self.decode = args, args.steps, vqvae.decode
+        self.args, self.decode = args, vqvae.decode
         self.qf = mlp(obs_dim, vqvae.num_codes)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.qf_average = copy.deepcopy(self.qf).requires_grad_(False)
@@ -213,8 +209,8 @@ class DiscreteCQL(nn.Module):
 
     def update_targets(self, step):
         """After each step, counted from 1: the network that acts follows, the target is copied now and then."""
-        if self.args.average:
-            polyak_update(self.qf_average, self.qf, self.args.average)
+        if self.args.average:  # of the first steps a plain mean: the random start leaves no trace
+            polyak_update(self.qf_average, self.qf, max(self.args.average, 1 / step))
         if step % self.args.target_every == 0:
             self.qf_target.load_state_dict(self.qf.state_dict())
 
@@ -241,7 +237,7 @@ class Actor(nn.Module):
     def sample(self, obs, n):
         """obs (B, O) -> n actions in each state (n, B, A) and their log densities (n, B)."""
         mean, log_std = self.net(obs).chunk(2, -1)  # (B, A) each
-        log_std = (log_std - 1).clamp(-20, 2)
+        log_std = (log_std - 1).clamp(-20, 2)  # starts at a narrow e^-1, as in the authors' code
         noise = torch.randn(n, *mean.shape, device=obs.device)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -268,7 +264,7 @@ class ContinuousCQL(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args, self.steps = args, args.steps
+        self.args = args
         self.actor = Actor(obs_dim, action_dim)
         self.qf = nn.ModuleList([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)])
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
@@ -293,13 +289,12 @@ class ContinuousCQL(nn.Module):
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_q
             samples, log_prob = self.penalty_samples(batch)
         actions = torch.cat([batch.actions[None], samples])  # (1 + 3n, B, A)
-        loss = 0.0
-        for qf in self.qf:
-            q = qf(batch.obs, actions)  # (1 + 3n, B); row 0 rates the data's action
-            td_loss = (q[0] - td_target).square().mean()
-            penalty = ((q[1:] - log_prob).logsumexp(0) - q[0]).mean()
-            loss = loss + td_loss + self.args.cql_alpha * penalty
-        return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q[0].mean()}
+        q = torch.stack([qf(batch.obs, actions) for qf in self.qf])  # (2, 1 + 3n, B)
+        q_data, q_samples = q[:, 0], q[:, 1:]
+        td_loss = (q_data - td_target).square().mean(1).sum()  # sums over both critics
+        penalty = ((q_samples - log_prob).logsumexp(1) - q_data).mean(1).sum()
+        loss = td_loss + self.args.cql_alpha * penalty
+        return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q_data.mean()}
 
     def actor_loss(self, batch):
         """Soft actor-critic's: raise min Q + temperature * entropy, and hold the entropy at -A by the temperature."""
@@ -366,12 +361,12 @@ class Run:
         if args.resume or args.eval_only:
             self.load()
         else:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
-            here = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
-            commit = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
-            about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
-            (self.folder / "args.json").write_text(json.dumps(about, indent=2))
             self.metrics.write("step,name,value\n")
+        if not args.eval_only:
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
+            commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+            about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
+            self.write("args.json", json.dumps(about, indent=2).encode())
         if args.track:
             import wandb
 
@@ -389,22 +384,24 @@ class Run:
         """The steps and the values logged under `name`."""
         with open(self.folder / "metrics.csv", newline="") as file:
             rows = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["name"] == name]
-        return list(zip(*rows, strict=True))
+        return list(zip(*rows, strict=True)) or ((), ())
+
+    def write(self, name, content):
+        """Writes bytes to a file of the run, under another name first: an interruption never leaves half a file."""
+        (self.folder / f"{name}.tmp").write_bytes(content)
+        os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def save(self):
-        """Writes checkpoint.pt, under another name first: an interruption never leaves half a file."""
         state = {
             "done": self.done,  # steps done in each phase
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.args.device == "cuda" else None,
             "metrics_size": self.metrics.tell(),
         }
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # on a full disk torch.save itself would raise a RuntimeError that says nothing
         torch.save(state, buffer)
-        temporary = self.folder / "checkpoint.pt.tmp"
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, self.folder / "checkpoint.pt")
+        self.write("checkpoint.pt", buffer.getbuffer())
 
     def load(self):
         path = self.folder / "checkpoint.pt"
@@ -414,18 +411,24 @@ class Run:
                 part.load_state_dict(state["parts"][name])
             self.done = state["done"]
             torch.set_rng_state(state["rng"].cpu())
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+            if self.args.device == "cuda" and self.args.resume:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         except Exception as error:  # torch raises a dozen types over a missing, damaged or foreign file
-            raise UserError(f"{path} cannot be used, {type(error).__name__}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} cannot be used: {' '.join(repr(error).split())[:200]}") from None
         if self.args.resume:  # what was logged after the checkpoint will be logged again
             self.metrics.truncate(state["metrics_size"])
+
+    def interrupt(self, *_):
+        """Ctrl-C: finish the step, save, stop. A second one stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each step. Logs, evaluates, saves."""
         start = self.done.get(phase, 0)
         if start == 0:
             torch.manual_seed(self.args.seed)  # a random stream for each phase: none depends on what ran before it
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))  # finish the step, then stop
+        signal.signal(signal.SIGINT, self.interrupt)
         bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True)
         for step, info in bar:
             evaluate_now = step % self.args.eval_every == 0 or step == steps
@@ -452,7 +455,7 @@ class Run:
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile == "on")
-    for step in range(start + 1, agent.steps + 1):
+    for step in range(start + 1, args.steps + 1):
         info = update()
         agent.update_targets(step)
         yield step, info
@@ -469,17 +472,18 @@ def report(run, agents, envs, episodes, score, data_score, provenance):
     for i, (name, agent) in enumerate(agents.items()):
         label, returns = name.upper().replace("_", "-"), evaluate(agent.act, envs, episodes, run.args.device)
         mean, std, (steps, scores) = returns.mean(), returns.std(), run.history(f"{name}/score")
-        last = np.array(scores[-5:])
+        last = np.array(scores[-5:] or [np.nan])
         print(f"{label:12}{score(mean):8.1f}{last.mean():13.1f} +- {last.std():<5.1f}{mean:13.1f} +- {std:<5.1f}")
         result[name] = {"score": score(mean), "last_5_scores": list(last), "return": mean, "return_std": std}
         left.plot(steps, scores, color=f"C{i}", label=label)
         for series, line in DIAGNOSIS.items():
-            if points := run.history(f"{name}/{series}"):
-                right.plot(*points, line, color=f"C{i}", label=f"{label}, {series}")
+            steps, values = run.history(f"{name}/{series}")
+            if steps:
+                right.plot(steps, values, line, color=f"C{i}", label=f"{label}, {series}")
     print(f"{episodes} episodes each; those of the dataset score {data_score:.1f}. {provenance}")
     if run.args.eval_only:
         return
-    (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=float))
+    run.write("result.json", json.dumps(result, indent=2, default=float).encode())
     left.set(title=run.args.env, xlabel="gradient steps", ylabel="score")
     right.set(title=" and ".join(DIAGNOSIS), xlabel="gradient steps")
     left.legend()
@@ -501,8 +505,7 @@ def main():
     source = args.dataset_path or env.get_wrapper_attr("dataset_filepath")
     print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
-    reward_scale = args.reward_scale or 1000 / (returns.max() - returns.min())
-    data = data._replace(rewards=reward_scale * data.rewards + args.reward_shift)
+    data = data._replace(rewards=scale_rewards(data.rewards, returns, args.reward_scale, args.reward_shift))
 
     torch.manual_seed(args.seed)
     with device:
@@ -530,7 +533,7 @@ def main():
     # 3. Learn over the K codes; then the continuous twin, from the same data with the same evaluation.
     for name, agent in agents.items():
         updates = learn(agent, data, args, run.done.get(name, 0))
-        run.train(name, updates, agent.steps, lambda agent=agent: assess(agent, envs, data, score, args))
+        run.train(name, updates, args.steps, lambda agent=agent: assess(agent, envs, data, score, args))
     if env:
         report(run, agents, envs, args.final_episodes, score, score(returns.mean()), provenance)
 

@@ -5,7 +5,7 @@ IQL is Kostrikov et al., ICLR 2022, arXiv:2110.06169. IQL learns values from the
 turn them into a policy by weighted regression. Over the K codes of a VQ-VAE that policy is a closed form (Eq. 14).
 
     python saq_iql.py                                             # three maze demonstrations
-    python saq_iql.py --env hopper-medium-v2 --no-compare         # any D4RL name; downloads the dataset once
+    python saq_iql.py --env hopper-medium-v2 --no-compare         # a D4RL name; downloads the dataset once
     python saq_iql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Needs vqvae.py next to it; offline_envs.py too for D4RL's names.
@@ -37,8 +37,9 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import ActionVQVAE, UserError, accelerate, adam, codebook_health, decay_lr, describe_health, fit
-from vqvae import load_arrays, make_env, make_transitions, minimize, mlp, polyak_update, scoring, tune_cpu
+from vqvae import ActionVQVAE, UserError, accelerate, adam, check_arguments, codebook_health, decay_lr
+from vqvae import describe_health, fit, load_arrays, make_env, make_transitions, minimize, mlp, polyak_update
+from vqvae import scale_rewards, scoring, tune_cpu
 
 SCRIPT = Path(__file__).stem
 
@@ -48,7 +49,7 @@ SCRIPT = Path(__file__).stem
 @dataclass
 class Args:
     # --- Task and data ---
-    env: str = "maze2d-large-demos-v1"  # a D4RL name, any Gymnasium id, or "none" to skip evaluation
+    env: str = "maze2d-large-demos-v1"  # a D4RL name of offline_envs.py, any Gymnasium id, or "none": no evaluation
     dataset_path: str | None = None  # an .hdf5 or .npz file in D4RL's layout, in place of the task's own dataset
     # --- The run ---
     seed: int = 0  # seed of networks, batches and evaluation
@@ -66,20 +67,20 @@ class Args:
     final_episodes: int = 100  # episodes of the final evaluation
     log_every: int = 500  # steps between two log entries
     # --- Quantizer ---
-    vq_steps: int = 30_000  # gradient steps of the quantizer (the paper: 500_000)
+    vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
-    steps: int = 70_000  # gradient steps of each agent (the paper: 1_000_000)
+    steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions a gradient step sees
     lr: float = 3e-4  # learning rate of every network
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
-    act: Literal["greedy", "sample"] = "greedy"  # SAQ takes the most likely code, or draws one from its policy
+    act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
     # --- Both IQLs ---
     expectile: float = 0.7  # tau: V(s) is this expectile of Q(s, a) over the dataset's actions
     polyak: float = 0.005  # rate at which target networks follow
@@ -120,19 +121,14 @@ def parse_args():
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder} is not the folder of a run of this script: {error}.") from error
     else:
-        rows = {word: row for words, row in HPARAMS.items() for word in words.split() if args.env.startswith(word)}
+        task = args.env.split(":")[-1]
+        rows = {word: row for words, row in HPARAMS.items() for word in words.split() if task.startswith(word)}
         word = max(rows, key=len, default="any task")
         row = rows.get(word, {}) | (PLAIN if args.plain else {})
         default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
         print(f"hyperparameters for {word}: {row or 'the defaults'}")
     args = tyro.cli(Args, default=default)
-    if args.env != default.env:
-        raise UserError(f"{folder} holds a run of {default.env}, not of {args.env}: leave out --env.")
-    for name in ("steps", "vq_steps", "num_codes", "batch_size", "log_every", "eval_every", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
+    check_arguments(args, default if folder else None)
     auto = "on" if args.steps >= 10_000 else "off"
     return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
 
@@ -145,9 +141,9 @@ def make_eval_envs(env_id, episodes):
     return gym.make_vec(env_id, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=rescale)
 
 
-def choose(logits, act):
+def choose(logits, how):
     """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if act == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
+    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 @torch.no_grad()
@@ -170,7 +166,7 @@ def evaluate(act, envs, episodes, device, seed=1_000):
 @torch.no_grad()
 def assess(agent, envs, data, score, args):
     """What is logged at an evaluation: score and return where there is an environment, and the agent's diagnosis."""
-    with torch.random.fork_rng():  # an evaluation leaves the training's random numbers alone
+    with torch.random.fork_rng([0] if args.device == "cuda" else []):  # the training's random numbers stay as they are
         torch.manual_seed(args.seed)
         values = {name: value.item() for name, value in agent.diagnose(data.sample(256)).items()}
         if envs:
@@ -189,11 +185,11 @@ def expectile_loss(adv, tau):
 
 class DiscreteIQL(nn.Module):
     """IQL over the K codes of a frozen quantizer: V, one Q network with K outputs, the dataset's own policy over codes
-    as a prior, and no policy network."""
+    as a prior, and no policy network. Networks have SAQ-CQL's size; the authors' are 256-256."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
-        self.args, self.steps, self.decode = args, args.steps, vqvae.decode
+        self.args, self.decode = args, vqvae.decode
         self.prior = mlp(obs_dim, vqvae.num_codes)
         self.vf = mlp(obs_dim, 1)
         self.qf = mlp(obs_dim, vqvae.num_codes)
@@ -209,7 +205,7 @@ class DiscreteIQL(nn.Module):
     def value(self, obs):
         """obs (B, O) -> V(s) (B,): the network's, or the expectile that the network would have to learn."""
         if self.args.exact_expectile:
-            return expectile(self.qf_target(obs), self.log_prior(obs).softmax(1), self.args.expectile)
+            return expectile(self.qf_target(obs), self.prior(obs).softmax(1), self.args.expectile)
         return self.vf(obs)[:, 0]
 
     def v_loss(self, batch):
@@ -218,7 +214,7 @@ class DiscreteIQL(nn.Module):
         return v_loss, {"v_loss": v_loss}
 
     def qf_loss(self, batch):
-        """TD toward V(s'): no action outside the dataset is ever rated."""
+        """TD toward V(s'): no action is rated that the data (or, with exact_expectile, the prior) does not support."""
         with torch.no_grad():
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * self.value(batch.next_obs)
         q_data = self.qf(batch.obs).gather(1, batch.codes[:, None])[:, 0]  # (B,)
@@ -227,7 +223,7 @@ class DiscreteIQL(nn.Module):
 
     def update(self, batch):
         """A gradient step of the prior, of V, and of Q toward the new V; returns what to log. The authors train the
-        prior before the rest: since only `act` reads it, that comes to the same."""
+        prior before the rest: where only `act` reads it, without exact_expectile, that comes to the same."""
         prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
         info = minimize(prior_loss, {"prior_loss": prior_loss}, self.prior_optimizer)
         if not self.args.exact_expectile:
@@ -288,7 +284,7 @@ class ContinuousIQL(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args, self.steps = args, args.steps
+        self.args = args
         self.vf = mlp(obs_dim, 1, hidden=(256, 256))
         self.qf = nn.ModuleList([mlp(obs_dim + action_dim, 1, hidden=(256, 256)) for _ in range(2)])
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
@@ -332,7 +328,7 @@ class ContinuousIQL(nn.Module):
     def update_targets(self, step):
         """After each step, counted from 1: targets follow, the policy's learning rate falls to 0 along a cosine."""
         polyak_update(self.qf_target, self.qf, self.args.polyak)
-        decay_lr(self.actor_optimizer, self.args.lr, step, self.steps)
+        decay_lr(self.actor_optimizer, self.args.lr, step, self.args.steps)
 
     def act(self, obs):
         """obs (B, O) -> actions (B, A): the policy's mode."""
@@ -367,12 +363,12 @@ class Run:
         if args.resume or args.eval_only:
             self.load()
         else:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
-            here = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
-            commit = subprocess.run("git rev-parse HEAD", **here).stdout.strip()
-            about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
-            (self.folder / "args.json").write_text(json.dumps(about, indent=2))
             self.metrics.write("step,name,value\n")
+        if not args.eval_only:
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
+            commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+            about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
+            self.write("args.json", json.dumps(about, indent=2).encode())
         if args.track:
             import wandb
 
@@ -390,22 +386,24 @@ class Run:
         """The steps and the values logged under `name`."""
         with open(self.folder / "metrics.csv", newline="") as file:
             rows = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["name"] == name]
-        return list(zip(*rows, strict=True))
+        return list(zip(*rows, strict=True)) or ((), ())
+
+    def write(self, name, content):
+        """Writes bytes to a file of the run, under another name first: an interruption never leaves half a file."""
+        (self.folder / f"{name}.tmp").write_bytes(content)
+        os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def save(self):
-        """Writes checkpoint.pt, under another name first: an interruption never leaves half a file."""
         state = {
             "done": self.done,  # steps done in each phase
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.args.device == "cuda" else None,
             "metrics_size": self.metrics.tell(),
         }
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # on a full disk torch.save itself would raise a RuntimeError that says nothing
         torch.save(state, buffer)
-        temporary = self.folder / "checkpoint.pt.tmp"
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, self.folder / "checkpoint.pt")
+        self.write("checkpoint.pt", buffer.getbuffer())
 
     def load(self):
         path = self.folder / "checkpoint.pt"
@@ -415,18 +413,24 @@ class Run:
                 part.load_state_dict(state["parts"][name])
             self.done = state["done"]
             torch.set_rng_state(state["rng"].cpu())
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+            if self.args.device == "cuda" and self.args.resume:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         except Exception as error:  # torch raises a dozen types over a missing, damaged or foreign file
-            raise UserError(f"{path} cannot be used, {type(error).__name__}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} cannot be used: {' '.join(repr(error).split())[:200]}") from None
         if self.args.resume:  # what was logged after the checkpoint will be logged again
             self.metrics.truncate(state["metrics_size"])
+
+    def interrupt(self, *_):
+        """Ctrl-C: finish the step, save, stop. A second one stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each step. Logs, evaluates, saves."""
         start = self.done.get(phase, 0)
         if start == 0:
             torch.manual_seed(self.args.seed)  # a random stream for each phase: none depends on what ran before it
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))  # finish the step, then stop
+        signal.signal(signal.SIGINT, self.interrupt)
         bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True)
         for step, info in bar:
             evaluate_now = step % self.args.eval_every == 0 or step == steps
@@ -453,7 +457,7 @@ class Run:
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile == "on")
-    for step in range(start + 1, agent.steps + 1):
+    for step in range(start + 1, args.steps + 1):
         info = update()
         agent.update_targets(step)
         yield step, info
@@ -470,17 +474,18 @@ def report(run, agents, envs, episodes, score, data_score, provenance):
     for i, (name, agent) in enumerate(agents.items()):
         label, returns = name.upper().replace("_", "-"), evaluate(agent.act, envs, episodes, run.args.device)
         mean, std, (steps, scores) = returns.mean(), returns.std(), run.history(f"{name}/score")
-        last = np.array(scores[-5:])
+        last = np.array(scores[-5:] or [np.nan])
         print(f"{label:12}{score(mean):8.1f}{last.mean():13.1f} +- {last.std():<5.1f}{mean:13.1f} +- {std:<5.1f}")
         result[name] = {"score": score(mean), "last_5_scores": list(last), "return": mean, "return_std": std}
         left.plot(steps, scores, color=f"C{i}", label=label)
         for series, line in DIAGNOSIS.items():
-            if points := run.history(f"{name}/{series}"):
-                right.plot(*points, line, color=f"C{i}", label=f"{label}, {series}")
+            steps, values = run.history(f"{name}/{series}")
+            if steps:
+                right.plot(steps, values, line, color=f"C{i}", label=f"{label}, {series}")
     print(f"{episodes} episodes each; those of the dataset score {data_score:.1f}. {provenance}")
     if run.args.eval_only:
         return
-    (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=float))
+    run.write("result.json", json.dumps(result, indent=2, default=float).encode())
     left.set(title=run.args.env, xlabel="gradient steps", ylabel="score")
     right.set(title=" and ".join(DIAGNOSIS), xlabel="gradient steps")
     left.legend()
@@ -502,8 +507,7 @@ def main():
     source = args.dataset_path or env.get_wrapper_attr("dataset_filepath")
     print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
-    reward_scale = args.reward_scale or 1000 / (returns.max() - returns.min())
-    data = data._replace(rewards=reward_scale * data.rewards + args.reward_shift)
+    data = data._replace(rewards=scale_rewards(data.rewards, returns, args.reward_scale, args.reward_shift))
 
     torch.manual_seed(args.seed)
     with device:
@@ -531,7 +535,7 @@ def main():
     # 3. Learn over the K codes; then the continuous twin, from the same data with the same evaluation.
     for name, agent in agents.items():
         updates = learn(agent, data, args, run.done.get(name, 0))
-        run.train(name, updates, agent.steps, lambda agent=agent: assess(agent, envs, data, score, args))
+        run.train(name, updates, args.steps, lambda agent=agent: assess(agent, envs, data, score, args))
     if env:
         report(run, agents, envs, args.final_episodes, score, score(returns.mean()), provenance)
 

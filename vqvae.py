@@ -1,19 +1,22 @@
 """The state-conditioned action quantizer of SAQ (Luo et al., "Action-Quantized Offline Reinforcement Learning for
 Robotic Skill Learning", CoRL 2023, arXiv:2310.11731): a VQ-VAE that turns each action into one of K codes.
 
-    vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
+    with torch.device("cpu"):                                  # or "cuda", where obs and actions are
+        vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
     for step, info in fit(vqvae, obs, actions, steps=20_000):  # obs (N, O), actions (N, A) in [-1, 1], float32
         ...                                                    # log info, save vqvae.state_dict(), ...
     codes = vqvae.encode(obs, actions)                         # (N,)    which code each action became
     actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
 
 Sizes, initialisation and loss scales are those of the authors' JAX code, which differs from the paper's equations in
-scale; `forward` says where. The `accelerate` at the end makes a training step fast; every script here uses it.
+scale; `forward` says where. After the quantizer come its fit, and two things that every script here needs: tasks and
+their data, checked, and what makes a training step fast.
 """
 
 import ctypes
 import logging
 import math
+import sys
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -47,7 +50,8 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
 
 
 class ActionVQVAE(nn.Module):
-    """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s).
+    """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s), which
+    the other networks do not use: it is a by-product, a cloned policy.
 
     `action_only` is the paper's ablation (Table 3): every network sees zeros in place of the state.
     """
@@ -129,7 +133,7 @@ def fit(
     after each step, for the caller to log, save or stop.
 
     decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
-    revive_every: move dead codes to encoder outputs every so many steps; 0 for the paper's plain fit.
+    revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0 for the plain fit.
     kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random.
     """
 
@@ -144,7 +148,7 @@ def fit(
         if decay:
             decay_lr(vqvae.optimizer, vqvae.lr, step, steps)
         info = update()
-        if revive_every and step % revive_every == 0:
+        if revive_every and step % revive_every == 0 and step <= 0.9 * steps:
             revive_dead_codes(vqvae, *sample(4096))
         yield step, info
 
@@ -212,17 +216,49 @@ class UserError(Exception):
     """Something that the user of a script can mend. The message is one sentence: what is wrong and what to do."""
 
 
+def check_arguments(args, begun=None):
+    """Raises UserError for arguments that cannot be: numbers out of range, a missing device and, where a run has begun
+    with arguments `begun`, any change that its checkpoint could not follow."""
+    for names, (low, high) in LIMITS.items():
+        for name in names.split():
+            value = getattr(args, name, low)
+            if not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value:g}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other: pass one of them.")
+    free = {"steps", "act", "track", "compile", "resume", "eval_only", "eval_every", "eval_episodes", "final_episodes"}
+    free |= {"log_every"} | ({"device"} if args.eval_only else set())
+    for name, value in vars(args).items() if begun else ():
+        if name not in free and value != (before := getattr(begun, name)):
+            raise UserError(f"this run has begun with {name} {before}: leave out --{name.replace('_', '-')}.")
+
+
+LIMITS = {
+    "steps vq_steps num_codes batch_size log_every eval_every eval_episodes final_episodes": (1, math.inf),
+    "target_every cql_samples": (1, math.inf),
+    "lr weight_decay reward_scale revive_every alpha beta cql_alpha": (0, math.inf),
+    "discount average polyak": (0, 1),
+    "expectile": (0.001, 0.999),
+    "temperature": (1e-6, math.inf),
+    "prior_floor": (-math.inf, 0),
+    "seed": (0, 2**32 - 1),
+}
+
+
 def make_env(name):
     """The environment and its id: a D4RL name from offline_envs.py or any Gymnasium id; (None, None) for "none"."""
-    reasons = []
-    for env_id in (f"offline_envs:{name}", name) if name != "none" else ():
+    reasons, ids = [], [name] if ":" in name else [f"offline_envs:{name}", name]
+    for env_id in ids if name != "none" else ():
         try:
             env = gym.make(env_id)
         except (gym.error.Error, ImportError) as error:
             reasons.append(str(error).rstrip("."))
             continue
-        if not isinstance(env.action_space, gym.spaces.Box) or len(env.observation_space.shape or ()) != 1:
-            raise UserError(f"{name} must have flat Box spaces for its observations and actions.")
+        box, flat = env.action_space, len(env.observation_space.shape or ()) == 1
+        if not (flat and isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()):
+            raise UserError(f"{name} must have flat Box spaces for its observations and actions, the latter bounded.")
         return env, env_id
     if reasons:
         raise UserError(f"there is no environment {name}: {'; '.join(reasons)}.")
@@ -231,7 +267,9 @@ def make_env(name):
 
 def scoring(env, path):
     """The function from returns to scores, and a sentence that says what such a score may be compared with."""
-    if env is None or not env.has_wrapper_attr("get_normalized_score"):
+    if env is None:
+        return float, "No environment: training runs, evaluation is skipped."
+    if not env.has_wrapper_attr("get_normalized_score"):
         return float, "The score is the return itself."
     normalized = env.get_wrapper_attr("get_normalized_score")
     return lambda value: 100 * normalized(value), env.get_wrapper_attr("provenance")(path)
@@ -323,12 +361,25 @@ def make_transitions(arrays, env, device):
     # The next observation is the next row's, unless the file holds it. Where an episode ends without a terminal, what
     # followed is unknown and the transition is dropped.
     next_obs = arrays.get("next_observations", np.roll(obs, -1, 0))
+    if next_obs.shape != obs.shape:
+        raise UserError(f"the dataset's next_observations have shape {next_obs.shape}, its observations {obs.shape}.")
     keep = terminals | ~ends | ("next_observations" in arrays)
+    if not keep.any():
+        raise UserError("no transition's next observation is known: every row ends an episode. Add next_observations.")
     columns = [obs, actions.clip(-1, 1), rewards, next_obs, terminals, np.zeros(len(obs))]
     types = [torch.float32] * 5 + [torch.int64]
     return Transitions(
         *(torch.tensor(c[keep], dtype=t, device=device) for c, t in zip(columns, types, strict=True))
     ), returns
+
+
+def scale_rewards(rewards, returns, scale, shift):
+    """rewards * scale + shift. A scale of 0 stands for IQL's: 1000 / (highest - lowest return of an episode)."""
+    if scale == 0:
+        if returns.max() == returns.min():
+            raise UserError("all episodes have the same return: pass a --reward-scale other than 0.")
+        scale = 1000 / (returns.max() - returns.min())
+    return scale * rewards + shift
 
 
 # --- Speed ---
@@ -367,7 +418,7 @@ def polyak_update(target, network, rate):
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
 
-def accelerate(update, device, compile=True):
+def accelerate(update, device, compile=False):
     """Returns a function that does what `update` does, faster. `update` takes nothing and returns a dict of tensors.
 
     CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph.
@@ -380,14 +431,17 @@ def accelerate(update, device, compile=True):
 
 
 def with_compile(update):
-    torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
-    torch._dynamo.config.nested_graph_breaks = True  # so does the sampling that comes before
-    torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
-    compiled = torch.compile(update, options={"pattern_matcher": False, "fallback_random": True, "cpp_wrapper": True})
+    compiled = None
 
     def step():
         nonlocal compiled
         try:
+            if compiled is None:
+                torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
+                torch._dynamo.config.nested_graph_breaks = True  # so does the sampling that comes before
+                torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
+                options = {"pattern_matcher": False, "fallback_random": True, "cpp_wrapper": True}
+                compiled = torch.compile(update, options=options)
             return compiled()
         except Exception as error:
             if compiled is update:
@@ -430,7 +484,7 @@ def tune_cpu():
     torch.set_float32_matmul_precision("medium")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-3:
         torch.set_float32_matmul_precision("highest")
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

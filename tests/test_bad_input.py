@@ -1,5 +1,6 @@
 """Whatever is wrong with the input: one sentence on stderr, exit code 2, no traceback, nothing lost."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import dataset, run_script
 
-from vqvae import UserError, load_arrays, make_transitions
+from saq_cql import Args
+from vqvae import UserError, check_arguments, load_arrays, make_transitions, scale_rewards
 
 TINY = [
     "--vq-steps",
@@ -68,6 +70,11 @@ def replace(key, function):
         (put("timeouts", slice(None), 0), "marks no end of an episode"),
         (without("timeouts"), "marks no end of an episode"),
         (lambda arrays: arrays.update({k: v[:0] for k, v in arrays.items()}), r"have shape \(0, 3\)"),
+        (
+            lambda arrays: arrays.update(next_observations=arrays["observations"][:, :2]),
+            r"next_observations have shape",
+        ),
+        (put("timeouts", slice(None), 1), "no transition's next observation is known"),
     ],
 )
 def test_bad_arrays(damage, sentence):
@@ -180,13 +187,52 @@ def test_a_corrupted_checkpoint(finished, tmp_path):
 
 def test_a_checkpoint_of_another_environment(finished):
     line = one_sentence(run_script("--resume", finished, "--env", "hopper-expert-v2"))
-    assert "holds a run of maze2d-large-demos-v1, not of hopper-expert-v2" in line
+    assert "has begun with env maze2d-large-demos-v1: leave out --env" in line
 
 
-def test_a_checkpoint_that_does_not_fit(finished, tmp_path):
+def test_a_checkpoint_of_other_networks(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    process = run_script("--resume", tmp_path / "run", "--num-codes", 7)
-    assert "checkpoint.pt cannot be used" in one_sentence(process)
+    about = json.loads((tmp_path / "run" / "args.json").read_text())
+    about["args"]["num_codes"] = 7
+    (tmp_path / "run" / "args.json").write_text(json.dumps(about))
+    assert "checkpoint.pt cannot be used" in one_sentence(run_script("--resume", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flag", [("num_codes", 7), ("lr", 0.1), ("vq_steps", 40), ("compare", True), ("out", "x")])
+def test_what_a_resumed_run_may_not_change(flag):
+    begun = Args(compare=False)
+    check_arguments(dataclasses.replace(begun, steps=80_000, resume="r", act="sample"), begun)
+    with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave out --{flag[0].replace('_', '-')}"):
+        check_arguments(dataclasses.replace(begun, **dict([flag])), begun)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [("steps", 0), ("final_episodes", 0), ("target_every", 0), ("lr", -1.0), ("discount", 1.1), ("seed", -1)],
+)
+def test_numbers_out_of_range(field):
+    with pytest.raises(UserError, match=f"--{field[0].replace('_', '-')} must be between"):
+        check_arguments(dataclasses.replace(Args(), **dict([field])))
+
+
+def test_a_number_out_of_range_ends_the_script():
+    assert "--temperature must be between" in one_sentence(run_script("--temperature", 0, script="saq_iql.py"))
+
+
+def test_resuming_and_evaluating_exclude_each_other(finished):
+    process = run_script("--resume", finished, "--eval-only", finished)
+    assert "--resume and --eval-only exclude each other" in one_sentence(process)
+
+
+def test_cloning_refuses_what_it_would_ignore():
+    assert "cloning reads no rewards" in one_sentence(run_script("--discount", 0.9, script="saq_bc.py"))
+
+
+def test_returns_that_cannot_be_scaled():
+    rewards = torch.ones(4)
+    torch.testing.assert_close(scale_rewards(rewards, np.array([0.0, 500.0]), 0, -1), rewards)
+    with pytest.raises(UserError, match="same return"):
+        scale_rewards(rewards, np.array([2.0, 2.0]), 0, 0)
 
 
 def test_a_folder_that_is_no_run(tmp_path):

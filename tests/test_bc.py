@@ -24,11 +24,17 @@ def test_optimum_is_the_frequency_of_codes_in_each_state():
     torch.testing.assert_close(agent.actor(torch.eye(4)).softmax(1), frequencies, atol=0.02, rtol=0)
 
 
+def test_using_the_prior_of_an_action_only_quantizer_hides_the_state():
+    vqvae = ActionVQVAE(3, 2, 8, hidden=(8,), action_only=True)
+    agent = DiscreteBC(3, vqvae, dataclasses.replace(Args(), use_prior=True))
+    assert agent.logits(torch.randn(4, 3)).std(0).max() < 1e-6
+
+
 def test_two_modes_stay_two_modes():
     """Half of the actions are -0.8, half 0.8. Regression clones their mean, which nobody ever did; codes do not."""
     obs = torch.zeros(512, 2)
     actions = torch.where(torch.rand(512, 1) < 0.5, -0.8, 0.8)
-    vqvae = ActionVQVAE(2, 1, 2, hidden=(32,))
+    vqvae = ActionVQVAE(2, 1, 2, hidden=(32,), lr=3e-3)
     for _ in fit(vqvae, obs, actions, steps=400):
         pass
     zeros = torch.zeros(512)

@@ -121,6 +121,16 @@ def test_policy_solves_the_constrained_problem(seed):
     torch.testing.assert_close(iql.policy_logits(obs).softmax(1)[0], logits.softmax(0), atol=1e-4, rtol=0)
 
 
+def test_exact_expectile_gives_unseen_codes_no_weight():
+    """The floor is for acting. In the value, a code the data never take must not count, whatever Q says of it."""
+    iql = agent(num_codes=64, exact_expectile=True, expectile=0.9)
+    iql.prior[-1].bias.data[0] = 100.0
+    iql.qf_target[-1].weight.data.zero_()
+    iql.qf_target[-1].bias.data.fill_(20.0)
+    iql.qf_target[-1].bias.data[0] = 10.0
+    torch.testing.assert_close(iql.value(torch.randn(4, 3)), torch.full((4,), 10.0))
+
+
 def test_prior_floor():
     iql = agent(prior_floor=-2.0)
     iql.prior[-1].bias.data[0] = 50.0

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, dataset, run_script
 
+from vqvae import make_env
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if "python " in line]
@@ -43,6 +45,11 @@ def test_commands_of_the_scripts(command, tmp_path):
     process = run_script(*words, *TINY.split(), "--out", tmp_path / "runs", script=script)
     assert process.returncode == 0, process.stderr
     assert (next((tmp_path / "runs").iterdir()) / "checkpoint.pt").exists()
+
+
+def test_a_module_before_the_name_is_understood():
+    env, env_id = make_env("offline_envs:maze2d-large-demos-v1")
+    assert env.spec.id == env_id.split(":")[1] == "maze2d-large-demos-v1"
 
 
 def test_the_benchmark(tmp_path):
