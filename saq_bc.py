@@ -13,7 +13,6 @@ Needs vqvae.py next to it; offline_envs.py too for D4RL's names.
 
 import csv
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
@@ -86,7 +85,9 @@ class Args:
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
 # command line wins over the row. The paper prints no hyperparameters; what it says of the authors is from their code.
 HPARAMS = {
-    "maze2d-large-demos": dict(num_codes=4, vq_steps=15_000, steps=10_000, eval_every=500, act="sample"),
+    "maze2d-large-demos": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
+    "antmaze": dict(eval_episodes=100),
+    "lift can square tool transport": dict(eval_episodes=50),
 }
 PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="greedy")
 DIAGNOSIS = {"action_error": "-"}  # the series in the figure's right panel, and their lines
@@ -291,7 +292,7 @@ class Run:
         else:
             self.metrics.write("step,name,value\n")
         if not args.eval_only:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
+            versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
             commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
             about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             self.write("args.json", json.dumps(about, indent=2).encode())

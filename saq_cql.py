@@ -14,7 +14,6 @@ Needs vqvae.py next to it; offline_envs.py too for D4RL's names.
 import copy
 import csv
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
@@ -363,7 +362,7 @@ class Run:
         else:
             self.metrics.write("step,name,value\n")
         if not args.eval_only:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
+            versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
             commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
             about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             self.write("args.json", json.dumps(about, indent=2).encode())

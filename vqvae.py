@@ -14,6 +14,7 @@ their data, checked, and what makes a training step fast.
 """
 
 import ctypes
+import importlib.util
 import logging
 import math
 import sys
@@ -226,6 +227,8 @@ def check_arguments(args, begun=None):
                 raise UserError(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value:g}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UserError("--track needs Weights & Biases here: pip install wandb.")
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     free = {"steps", "act", "track", "compile", "resume", "eval_only", "eval_every", "eval_episodes", "final_episodes"}
