@@ -21,7 +21,6 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "benchmarks" / "results" / "algorithms.csv"
 COLUMNS = ["task", "agent", "seed", "last_5_mean", "last_5_std", "final", "command"]
 AGENTS = ["saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac", "saq_bc", "bc", "gaussian_bc"]
 # Task: the file in --data that stands in for D4RL's dataset (none for the demonstrations that ship here).
@@ -43,20 +42,22 @@ class Options:
     data: Path | None = None  # folder with the datasets; without it, only the embedded demonstrations
     seeds: int = 3  # seeds 0, 1, ... of every run
     workers: int = os.cpu_count() or 1  # runs at the same time, one thread each
-    show: bool = False  # run nothing, print what the CSV holds
+    table: Path = ROOT / "benchmarks" / "results" / "algorithms.csv"  # where results are gathered
+    flags: str = ""  # more flags for every run, to try things out
+    show: bool = False  # run nothing, print what the table holds
 
 
-def read():
-    if not TABLE.exists():
+def read(table):
+    if not table.exists():
         return []
-    with open(TABLE, newline="") as file:
+    with open(table, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def run(task, script, seed, options):
     """One run in a process of its own; appends its agents' results to the CSV."""
     command = ["python", f"{script}.py", "--env", task, "--seed", str(seed)]
-    command += BUDGET if TASKS[task] else MAZE_BUDGET
+    command += [*(BUDGET if TASKS[task] else MAZE_BUDGET), *options.flags.split()]
     dataset = ["--dataset-path", str(options.data.resolve() / TASKS[task])] if TASKS[task] else []
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run(
@@ -78,19 +79,17 @@ def run(task, script, seed, options):
             scores = [statistics.mean(last), statistics.pstdev(last), result[agent]["score"]]
             rows.append([task, agent, seed, *(round(score, 2) for score in scores), " ".join(shown)])
             print(f"{task:30}{agent:12} seed {seed}: {scores[0]:7.1f} +- {scores[1]:.1f}", flush=True)
-    TABLE.parent.mkdir(exist_ok=True)
-    new = not TABLE.exists()
-    with open(TABLE, "a", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows] if new else rows)
+    with open(options.table, "a", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
-def show():
+def show(table):
     """The Markdown table: mean over seeds of the mean over the last five evaluations, and its standard error."""
     scores = {}
-    for row in read():
+    for row in read(table):
         scores.setdefault((row["task"], row["agent"]), []).append(float(row["last_5_mean"]))
-    print("| task | " + " | ".join(AGENTS) + " |\n|---" * 1 + "|---" * len(AGENTS) + "|")
-    for task in TASKS:
+    print("| task | " + " | ".join(AGENTS) + " |\n" + "|---" * (len(AGENTS) + 1) + "|")
+    for task in dict.fromkeys(task for task, _ in scores):
         cells = []
         for agent in AGENTS:
             values = scores.get((task, agent), [])
@@ -102,7 +101,9 @@ def show():
 def main():
     options = tyro.cli(Options, description=__doc__)
     if not options.show:
-        done = {(row["task"], row["agent"], int(row["seed"])) for row in read()}
+        if not options.table.exists():
+            options.table.write_text(",".join(COLUMNS) + "\n")
+        done = {(row["task"], row["agent"], int(row["seed"])) for row in read(options.table)}
         jobs = [
             (task, script, seed, options)
             for seed in range(options.seeds)
@@ -112,7 +113,7 @@ def main():
         ]
         with ThreadPoolExecutor(options.workers) as pool:
             list(pool.map(lambda job: run(*job), jobs))
-    show()
+    show(options.table)
 
 
 if __name__ == "__main__":
