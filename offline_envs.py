@@ -9,7 +9,8 @@ This module is a Gymnasium plugin. It is never imported, Gymnasium loads it by n
 | names                                                | physics behind them                                      |
 |------------------------------------------------------|----------------------------------------------------------|
 | {hopper,halfcheetah,walker2d,ant}-*-v{0,1,2}         | Gymnasium's `-v4` environments                           |
-| door-{human,cloned,expert}-v{0,1}                    | Gymnasium-Robotics' AdroitHandDoor, D4RL's reward        |
+| {pen,door,hammer,relocate}-*-v{0,1}                  | Gymnasium-Robotics' Adroit hand, D4RL's rewards          |
+| kitchen-{complete,partial,mixed}-v0                  | Gymnasium-Robotics' FrankaKitchen, D4RL's observation    |
 | maze2d-{umaze,medium,large}-v1, ...-dense-v1         | Gymnasium-Robotics' point, D4RL's mazes and coordinates  |
 | maze2d-large-demos-v1                                | the same, from a fixed start; its data is in demos/      |
 
@@ -30,8 +31,12 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-with contextlib.redirect_stderr(io.StringIO()):  # the package warns of the door's reward, which Door below repairs
+with contextlib.redirect_stderr(io.StringIO()):  # the package warns of its Adroit rewards, which are repaired below
     from gymnasium_robotics.envs.adroit_hand.adroit_door import AdroitHandDoorEnv
+    from gymnasium_robotics.envs.adroit_hand.adroit_hammer import AdroitHandHammerEnv
+    from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv
+    from gymnasium_robotics.envs.adroit_hand.adroit_relocate import AdroitHandRelocateEnv
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES, KitchenEnv
     from gymnasium_robotics.envs.maze import point
     from gymnasium_robotics.envs.maze.maze_v4 import Maze
 
@@ -124,13 +129,51 @@ class PadObservation(gym.ObservationWrapper):
         return np.concatenate([observation, np.zeros(84)])
 
 
+def reach(step, gap):
+    """Repairs the reward of a step: Gymnasium-Robotics 1.4 rewards the palm for staying away from what it should take,
+    +0.1 |palm - object|, where D4RL has -0.1. `gap` reads palm - object off the observation."""
+    obs, reward, terminated, truncated, info = step
+    return obs, float(reward - 0.2 * np.linalg.norm(gap(obs))), terminated, truncated, info
+
+
 class Door(AdroitHandDoorEnv):
-    """AdroitHandDoor with D4RL's reward. Gymnasium-Robotics 1.4 rewards the palm for leaving the handle,
-    +0.1 |palm - handle|, where D4RL has -0.1; the difference vector is observed at [35:38]."""
+    def step(self, action):
+        return reach(super().step(action), lambda obs: obs[35:38])
+
+
+class Hammer(AdroitHandHammerEnv):
+    def step(self, action):
+        return reach(super().step(action), lambda obs: obs[33:36] - obs[36:39])
+
+
+class Relocate(AdroitHandRelocateEnv):
+    def step(self, action):
+        return reach(super().step(action), lambda obs: obs[30:33])
+
+
+class Pen(AdroitHandPenEnv):
+    """D4RL's episode ends when the pen, whose position is observed at [24:27], falls out of the hand."""
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        return obs, float(reward - 0.2 * np.linalg.norm(obs[35:38])), terminated, truncated, info
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, float(reward), bool(obs[26] < 0.075), truncated, info
+
+
+class Kitchen(gym.ObservationWrapper):
+    """FrankaKitchen with D4RL's noise of 0.1 and its 60 observations: 9 joints of the robot, 21 positions of objects,
+    and the 30 positions of the goal, 0 where they do not matter. Each task pays 1 once; all of them end the episode."""
+
+    def __init__(self, tasks, render_mode=None):
+        noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}
+        super().__init__(KitchenEnv(tasks_to_complete=list(tasks), render_mode=render_mode, **noise))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (60,), np.float64)
+        self.goal = np.zeros(30)
+        for task in tasks:
+            self.goal[OBS_ELEMENT_INDICES[task]] = OBS_ELEMENT_GOALS[task]
+
+    def observation(self, observation):
+        joints_and_objects = observation["observation"]
+        return np.concatenate([joints_and_objects[:9], joints_and_objects[18:39], self.goal])
 
 
 MAZES = {
@@ -214,11 +257,27 @@ for robot, (base, low, high) in LOCOMOTION.items():
                 name = f"{robot}-{data}-v{version}"
                 register(name, 1000, base=base, dataset=url, ref_min_score=low, ref_max_score=high)
 
-DOOR_V0 = {"human": "door-v0_demos_clipped", "cloned": "door-demos-v0-bc-combined", "expert": "door-v0_expert_clipped"}
-for data, file in DOOR_V0.items():
-    for version, url in enumerate([f"hand_dapg/{file}.hdf5", f"hand_dapg_v1/door-{data}-v1.hdf5"]):
-        scores = {"ref_min_score": -56.512833, "ref_max_score": 2880.5693087298737}
-        register(f"door-{data}-v{version}", 200, base=Door, dataset=f"{SERVER}/{url}", **scores)
+ADROIT = {  # steps, return of a random and of an expert policy
+    "pen": (Pen, 100, 96.262799, 3076.8331017826877),
+    "door": (Door, 200, -56.512833, 2880.5693087298737),
+    "hammer": (Hammer, 200, -274.856578, 12794.134825156867),
+    "relocate": (Relocate, 200, -6.425911, 4233.877797728884),
+}
+ADROIT_V0 = {"human": "{}-v0_demos_clipped", "cloned": "{}-demos-v0-bc-combined", "expert": "{}-v0_expert_clipped"}
+for task, (base, steps, low, high) in ADROIT.items():
+    for data, file in ADROIT_V0.items():
+        for version, url in enumerate([f"hand_dapg/{file.format(task)}.hdf5", f"hand_dapg_v1/{task}-{data}-v1.hdf5"]):
+            kwargs = {"dataset": f"{SERVER}/{url}", "ref_min_score": low, "ref_max_score": high}
+            register(f"{task}-{data}-v{version}", steps, base=base, **kwargs)
+
+KITCHEN = {  # file, and the two tasks beside microwave and kettle
+    "complete": ("mini_kitchen_microwave_kettle_light_slider", "light switch", "slide cabinet"),
+    "partial": ("kitchen_microwave_kettle_light_slider", "light switch", "slide cabinet"),
+    "mixed": ("kitchen_microwave_kettle_bottomburner_light", "bottom burner", "light switch"),
+}
+for data, (file, *tasks) in KITCHEN.items():
+    kwargs = {"tasks": ["microwave", "kettle", *tasks], "ref_min_score": 0.0, "ref_max_score": 4.0}
+    register(f"kitchen-{data}-v0", 280, base=Kitchen, dataset=f"{SERVER}/kitchen/{file}-v0.hdf5", **kwargs)
 
 MAZE2D = {  # steps, then the return of a random and of an expert policy: sparse reward, dense reward
     "umaze": (300, (23.85, 161.86), (68.537689, 193.66285642381482)),

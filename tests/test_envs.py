@@ -28,9 +28,15 @@ def test_every_d4rl_name_of_the_covered_families():
         for version in (0, 1, 2)
         if (data, version) != ("full-replay", 0)
     ]
-    door = [f"door-{data}-v{version}" for data in ("human", "cloned", "expert") for version in (0, 1)]
+    adroit = [
+        f"{task}-{data}-v{version}"
+        for task in ("pen", "door", "hammer", "relocate")
+        for data in ("human", "cloned", "expert")
+        for version in (0, 1)
+    ]
+    kitchen = [f"kitchen-{data}-v0" for data in ("complete", "partial", "mixed")]
     maze2d = [f"maze2d-{maze}{dense}-v1" for maze in ("umaze", "medium", "large") for dense in ("", "-dense")]
-    for name in [*locomotion, *door, *maze2d, "maze2d-large-demos-v1"]:
+    for name in [*locomotion, *adroit, *kitchen, *maze2d, "maze2d-large-demos-v1"]:
         assert name in gym.registry, name
 
 
@@ -42,6 +48,11 @@ def test_every_d4rl_name_of_the_covered_families():
         ("walker2d-medium-replay-v0", 1.629008, 4592.3, "walker_mixed.hdf5"),
         ("ant-medium-expert-v1", -325.6, 3879.7, "ant_medium_expert-v1.hdf5"),
         ("door-human-v0", -56.512833, 2880.5693087298737, "door-v0_demos_clipped.hdf5"),
+        ("pen-cloned-v0", 96.262799, 3076.8331017826877, "pen-demos-v0-bc-combined.hdf5"),
+        ("hammer-expert-v1", -274.856578, 12794.134825156867, "hammer-expert-v1.hdf5"),
+        ("relocate-expert-v0", -6.425911, 4233.877797728884, "relocate-v0_expert_clipped.hdf5"),
+        ("kitchen-complete-v0", 0.0, 4.0, "mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
+        ("kitchen-mixed-v0", 0.0, 4.0, "kitchen_microwave_kettle_bottomburner_light-v0.hdf5"),
         ("maze2d-umaze-v1", 23.85, 161.86, "maze2d-umaze-sparse-v1.hdf5"),
         ("maze2d-medium-v1", 13.13, 277.39, "maze2d-medium-sparse-v1.hdf5"),
         ("maze2d-large-v1", 6.7, 273.99, "maze2d-large-sparse-v1.hdf5"),
@@ -55,16 +66,19 @@ def test_scores_and_file_names(name, low, high, file):
     assert env.get_wrapper_attr("dataset_filepath").name == file
 
 
-@pytest.mark.parametrize(
-    "name", ["hopper-medium-v2", "walker2d-expert-v1", "ant-medium-v2", "door-human-v1", "maze2d-medium-v1"]
-)
+FAMILIES = ["hopper-medium-v2", "walker2d-expert-v1", "ant-medium-v2", "pen-human-v1", "door-human-v1"]
+FAMILIES += ["hammer-human-v1", "relocate-human-v1", "kitchen-mixed-v0", "maze2d-medium-v1", "maze2d-large-demos-v1"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gymnasium_accepts_the_environment(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about wrappers and about Box bounds
-        check_env(make(name).unwrapped, skip_render_check=True)
+        env = make(name)
+        check_env(env if name.startswith("kitchen") else env.unwrapped, skip_render_check=True)
 
 
-@pytest.mark.parametrize("name", ["hopper-medium-v2", "door-human-v1", "maze2d-large-v1", "maze2d-large-demos-v1"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_seeded_episodes_repeat(name):
     runs = []
     for _ in range(2):
@@ -77,7 +91,16 @@ def test_seeded_episodes_repeat(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("maze2d-umaze-v1", 300), ("maze2d-medium-v1", 600), ("door-human-v0", 200)]
+    ("name", "steps"),
+    [
+        ("maze2d-umaze-v1", 300),
+        ("maze2d-medium-v1", 600),
+        ("door-human-v0", 200),
+        ("hammer-human-v0", 200),
+        ("relocate-human-v0", 200),
+        ("pen-human-v0", 100),
+        ("kitchen-partial-v0", 280),
+    ],
 )
 def test_horizon_and_no_termination(name, steps):
     env = make(name)
@@ -178,17 +201,69 @@ def test_the_shipped_demonstrations_replay():
 # --- Adroit ---
 
 
-def test_door_reward_has_d4rls_sign():
-    env, library = make("door-human-v0"), gym.make("AdroitHandDoor-v1")
+@pytest.mark.parametrize("task", ["Door", "Hammer", "Relocate"])
+def test_adroit_reward_has_d4rls_sign(task):
+    """D4RL's -0.1 |palm - object|, from the simulator's own positions, where the library has +0.1."""
+    env, library = make(f"{task.lower()}-human-v0"), gym.make(f"AdroitHand{task}-v1")
     env.reset(seed=0)
     library.reset(seed=0)
-    action = np.full(28, 0.1, np.float32)
+    action = np.full(env.action_space.shape, 0.1, np.float32)
     obs, ours, *_ = env.step(action)
     same_obs, theirs, *_ = library.step(action)
     assert np.array_equal(obs, same_obs)
-    distance = np.linalg.norm(obs[35:38])
-    assert distance > 0.1
+    hand = env.unwrapped
+    palm = hand.data.site_xpos[hand.grasp_site_id if task == "Door" else hand.S_grasp_site_id]
+    goal = hand.data.site_xpos[hand.handle_site_id] if task == "Door" else hand.data.xpos[hand.obj_body_id]
+    distance = np.linalg.norm(palm - goal)
+    assert distance > 0.05
     assert ours == pytest.approx(theirs - 0.2 * distance)
+
+
+def test_a_dropped_pen_ends_the_episode():
+    env = make("pen-human-v0")
+    env.reset(seed=0)
+    state = env.unwrapped.get_env_state()
+    qpos, qvel = state["qpos"].copy(), state["qvel"].copy()
+    qpos[-6:-3] += [0.3, 0.3, -0.2]  # out of the hand, over nothing
+    env.unwrapped.set_state(qpos, qvel)
+    for _ in range(60):
+        obs, _, terminated, _, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+        if terminated:
+            break
+    assert terminated
+    assert obs[26] < 0.075
+
+
+# --- Kitchen ---
+
+
+def test_kitchen_observes_d4rls_goal():
+    obs, _ = make("kitchen-mixed-v0").reset(seed=0)
+    goal = np.zeros(30)
+    goal[[11, 12]], goal[[17, 18]], goal[22] = [-0.88, -0.01], [-0.69, -0.05], -0.75
+    goal[23:30] = [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06]
+    np.testing.assert_array_equal(obs[30:], goal)
+
+
+def test_kitchen_pays_each_task_once_and_ends_when_all_are_done():
+    env = make("kitchen-complete-v0")
+    env.reset(seed=0)
+    robot, total = env.unwrapped.robot_env, 0.0
+    for indices, goal, done in [
+        ([22], [-0.75], False),
+        ([19], [0.37], False),
+        ([17, 18], [-0.69, -0.05], False),
+        (list(range(23, 30)), [-0.23, 0.75, 1.62, 0.99, 0.0, 0.0, -0.06], True),
+    ]:
+        for reward_expected in (1.0, 0.0)[: 1 if done else 2]:
+            qpos = robot.data.qpos.copy()
+            qpos[indices] = goal
+            robot.set_state(qpos, np.zeros_like(robot.data.qvel))
+            _, reward, terminated, _, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+            total += reward
+            assert reward == reward_expected
+        assert terminated == done
+    assert total == 4
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "door-human-v0.hdf5").exists(), reason="the human demonstrations are not here")
