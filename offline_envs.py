@@ -11,6 +11,8 @@ This module is a Gymnasium plugin. It is never imported, Gymnasium loads it by n
 | {hopper,halfcheetah,walker2d,ant}-*-v{0,1,2}         | Gymnasium's `-v4` environments                           |
 | {pen,door,hammer,relocate}-*-v{0,1}                  | Gymnasium-Robotics' Adroit hand, D4RL's rewards          |
 | kitchen-{complete,partial,mixed}-v0                  | Gymnasium-Robotics' FrankaKitchen, D4RL's observation    |
+| antmaze-umaze{,-diverse}-v{0,2},                     | D4RL's ant and walls under Gymnasium's MujocoEnv; needs  |
+| antmaze-{medium,large}-{play,diverse}-v{0,2}         | `pip install --no-deps d4rl==1.1`, for the robot's file  |
 | maze2d-{umaze,medium,large}-v1, ...-dense-v1         | Gymnasium-Robotics' point, D4RL's mazes and coordinates  |
 | maze2d-large-demos-v1                                | the same, from a fixed start; its data is in demos/      |
 
@@ -20,15 +22,19 @@ any other file. URLs and reference scores are those of D4RL 1.1 (Fu et al., 2020
 
 import contextlib
 import http.client
+import importlib.util
 import io
 import os
+import tempfile
 import urllib.request
 import warnings
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
 from tqdm import tqdm
 
 with contextlib.redirect_stderr(io.StringIO()):  # the package warns of its Adroit rewards, which are repaired below
@@ -219,6 +225,59 @@ class Maze2d(point.PointEnv):
         return self._get_obs()[0]
 
 
+ANT_MAZES = {
+    "umaze": "##### #ROO# ###O# #GOO# #####",
+    "medium": "######## #RO##OO# #OO#OOO# ##OOO### #OO#OOO# #O#OO#O# #OOO#OG# ########",
+    "large": "############ #ROOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# #OO#O#OOOOO# ##O#O#O#O### #OO#OOO#OGO# "
+    "############",
+}
+
+
+class AntMaze(MujocoEnv):
+    """D4RL's antmaze: reward 1 and the end of the episode within 0.5 of the goal, which is not observed.
+
+    The observation (29,) is the ant's positions, x and y first, and its velocities. Cells are 4 wide, the ant starts at
+    the origin, in the cell marked R. The goal lies up to 1.5 beyond the centre of the cell marked G, anew in every
+    episode, or, with `fixed_goal`, as in D4RL's first version, at one place for good.
+    """
+
+    metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 10}
+
+    def __init__(self, maze, fixed_goal=False, render_mode=None):
+        package = importlib.util.find_spec("d4rl")  # finds its folder without importing it, which needs mujoco_py
+        if package is None:
+            raise gym.error.DependencyNotInstalled("antmaze needs D4RL's ant: pip install --no-deps d4rl==1.1")
+        tree = ElementTree.parse(Path(package.submodule_search_locations[0]) / "locomotion" / "assets" / "ant.xml")
+        cells = np.array([list(row) for row in ANT_MAZES[maze].split()])
+        self.fixed_goal, self.goal = fixed_goal, None
+        start = np.argwhere(cells == "R")[0]
+        self.goal_cell = 4.0 * (np.argwhere(cells == "G")[0] - start)[::-1]  # (x, y): x runs along columns
+        for y, x in 4.0 * (np.argwhere(cells == "#") - start):
+            wall = {"type": "box", "pos": f"{x} {y} 1", "size": "2 2 1", "contype": "1", "conaffinity": "1"}
+            ElementTree.SubElement(tree.find(".//worldbody"), "geom", wall)
+        with tempfile.TemporaryDirectory() as folder:
+            tree.write(f"{folder}/antmaze.xml")
+            observed = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+            super().__init__(f"{folder}/antmaze.xml", 5, observed, render_mode=render_mode)
+        self.action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
+
+    def _get_obs(self):
+        return np.concatenate([self.data.qpos[:15], self.data.qvel[:14]])
+
+    def step(self, action):
+        self.do_simulation(30 * np.clip(action, -1, 1), self.frame_skip)  # torques of up to 30
+        reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        return self._get_obs(), float(reached), reached, False, {"success": reached}
+
+    def reset_model(self):
+        if self.goal is None or not self.fixed_goal:
+            beyond = self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+            self.goal = np.maximum(self.goal_cell + beyond, 0)
+        noise = self.np_random.uniform(-0.1, 0.1, self.model.nq), 0.1 * self.np_random.standard_normal(self.model.nv)
+        self.set_state(self.init_qpos + noise[0], self.init_qvel + noise[1])
+        return self._get_obs()
+
+
 # --- D4RL's names ---
 
 
@@ -278,6 +337,19 @@ KITCHEN = {  # file, and the two tasks beside microwave and kettle
 for data, (file, *tasks) in KITCHEN.items():
     kwargs = {"tasks": ["microwave", "kettle", *tasks], "ref_min_score": 0.0, "ref_max_score": 4.0}
     register(f"kitchen-{data}-v0", 280, base=Kitchen, dataset=f"{SERVER}/kitchen/{file}-v0.hdf5", **kwargs)
+
+ANTMAZE = {  # maze and steps, file
+    "umaze": ("umaze", 700, "u-maze_noisy_multistart_False_multigoal_False_sparse"),
+    "umaze-diverse": ("umaze", 700, "u-maze_noisy_multistart_True_multigoal_True_sparse"),
+    "medium-play": ("medium", 1000, "big-maze_noisy_multistart_True_multigoal_False_sparse"),
+    "medium-diverse": ("medium", 1000, "big-maze_noisy_multistart_True_multigoal_True_sparse"),
+    "large-play": ("large", 1000, "hardest-maze_noisy_multistart_True_multigoal_False_sparse"),
+    "large-diverse": ("large", 1000, "hardest-maze_noisy_multistart_True_multigoal_True_sparse"),
+}
+for data, (maze, steps, file) in ANTMAZE.items():
+    for version, url in [(0, f"ant_maze_new/Ant_maze_{file}"), (2, f"ant_maze_v2/Ant_maze_{file}_fixed")]:
+        kwargs = {"maze": maze, "fixed_goal": version == 0, "ref_min_score": 0.0, "ref_max_score": 1.0}
+        register(f"antmaze-{data}-v{version}", steps, base=AntMaze, dataset=f"{SERVER}/{url}.hdf5", **kwargs)
 
 MAZE2D = {  # steps, then the return of a random and of an expert policy: sparse reward, dense reward
     "umaze": (300, (23.85, 161.86), (68.537689, 193.66285642381482)),

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -35,8 +36,10 @@ def test_every_d4rl_name_of_the_covered_families():
         for version in (0, 1)
     ]
     kitchen = [f"kitchen-{data}-v0" for data in ("complete", "partial", "mixed")]
+    mazes = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+    antmaze = [f"antmaze-{maze}-v{version}" for maze in mazes for version in (0, 2)]
     maze2d = [f"maze2d-{maze}{dense}-v1" for maze in ("umaze", "medium", "large") for dense in ("", "-dense")]
-    for name in [*locomotion, *adroit, *kitchen, *maze2d, "maze2d-large-demos-v1"]:
+    for name in [*locomotion, *adroit, *kitchen, *antmaze, *maze2d, "maze2d-large-demos-v1"]:
         assert name in gym.registry, name
 
 
@@ -196,6 +199,81 @@ def test_the_shipped_demonstrations_replay():
             assert obs == pytest.approx(want, abs=1e-5)
             obs, got, *_ = env.step(action)
             assert got == reward
+
+
+# --- antmaze ---
+
+HAS_ANT = importlib.util.find_spec("d4rl") is not None
+needs_ant = pytest.mark.skipif(not HAS_ANT, reason="the ant is not here: pip install --no-deps d4rl==1.1")
+
+
+@pytest.mark.skipif(HAS_ANT, reason="the ant is here")
+def test_antmaze_says_what_it_needs():
+    with pytest.raises(gym.error.DependencyNotInstalled, match="pip install --no-deps d4rl==1.1"):
+        make("antmaze-umaze-v2")
+
+
+@needs_ant
+@pytest.mark.parametrize(
+    ("name", "steps", "cell", "file"),
+    [
+        ("antmaze-umaze-v2", 700, (0, 8), "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"),
+        (
+            "antmaze-medium-diverse-v0",
+            1000,
+            (20, 20),
+            "Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse.hdf5",
+        ),
+        (
+            "antmaze-large-play-v2",
+            1000,
+            (32, 24),
+            "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
+        ),
+    ],
+)
+def test_antmaze_starts_goals_and_horizon(name, steps, cell, file):
+    """Starts within 0.1 of the origin, the goal up to 1.5 beyond its cell: in -v2 anew each episode, in -v0 once."""
+    env = make(name)
+    assert env.get_wrapper_attr("dataset_filepath").name == file
+    assert env.spec.max_episode_steps == steps
+    goals = []
+    for seed in range(10):
+        obs, _ = env.reset(seed=seed)
+        assert obs.shape == (29,)
+        assert np.abs(obs[:2]).max() <= 0.1
+        assert abs(obs[2] - 0.75) <= 0.1
+        goals.append(env.unwrapped.goal)
+        assert (goals[-1] - cell >= 0).all()
+        assert (goals[-1] - cell <= 1.5).all()
+    assert len({tuple(goal) for goal in goals}) == (1 if name.endswith("v0") else 10)
+
+
+@needs_ant
+def test_antmaze_ends_within_half_of_the_goal():
+    env = make("antmaze-umaze-v2").unwrapped
+    for offset, done in [(0.3, True), (0.8, False)]:
+        env.reset(seed=0)
+        qpos = env.init_qpos.copy()
+        qpos[:2] = env.goal + [offset, 0]
+        env.set_state(qpos, np.zeros(env.model.nv))
+        obs, reward, terminated, truncated, _ = env.step(np.zeros(8, np.float32))
+        assert (reward, terminated, truncated) == (float(done), done, False)
+        np.testing.assert_array_equal(obs, np.concatenate([env.data.qpos[:15], env.data.qvel[:14]]))
+
+
+@needs_ant
+def test_antmaze_has_walls():
+    """An ant that is pushed against the wall west of its start does not leave the maze."""
+    env = make("antmaze-umaze-v2").unwrapped
+    env.reset(seed=0)
+    velocity = np.zeros(env.model.nv)
+    for _ in range(30):
+        velocity[0] = -5.0
+        env.set_state(env.data.qpos.copy(), velocity)
+        obs, *_ = env.step(np.zeros(8, np.float32))
+    assert -2.0 < obs[0] < -1.0
+    check_env(env, skip_render_check=True)
 
 
 # --- Adroit ---
