@@ -293,20 +293,19 @@ class ContinuousIQL(nn.Module):
         self.qf_optimizer = adam(self.qf.parameters(), args.lr)
         self.actor_optimizer = adam(self.actor.parameters(), args.lr)
 
-    def advantage(self, batch):
-        """min Q(s, a) - V(s) (B,) of the dataset's actions, by the target critics."""
+    def q_target(self, batch):
+        """min Q(s, a) (B,) of the dataset's actions, by the target critics."""
         obs_actions = torch.cat([batch.obs, batch.actions], 1)
-        q = torch.min(*(qf(obs_actions) for qf in self.qf_target))[:, 0]
-        return q - self.vf(batch.obs)[:, 0]
+        return torch.min(*(qf(obs_actions) for qf in self.qf_target))[:, 0]
 
-    def v_loss(self, batch):
-        v_loss = expectile_loss(self.advantage(batch), self.args.expectile)
+    def v_loss(self, batch, q):
+        v_loss = expectile_loss(q - self.vf(batch.obs)[:, 0], self.args.expectile)
         return v_loss, {"v_loss": v_loss}
 
-    def actor_loss(self, batch):
+    def actor_loss(self, batch, q):
         """Regression onto the dataset's actions, weighted by exp(beta A): what Eq. 14 has in closed form."""
         with torch.no_grad():
-            weight = (self.args.beta * self.advantage(batch)).exp().clamp(max=100)
+            weight = (self.args.beta * (q - self.vf(batch.obs)[:, 0])).exp().clamp(max=100)
         actor_loss = -(weight * self.actor.log_prob(batch.obs, batch.actions)).mean()
         return actor_loss, {"actor_loss": actor_loss, "weight": weight.mean()}
 
@@ -320,10 +319,11 @@ class ContinuousIQL(nn.Module):
         return qf_loss, {"qf_loss": qf_loss, "q_data": q.mean()}
 
     def update(self, batch):
-        """V, then the policy and Q by the new V: one gradient step each; returns what to log."""
-        info = minimize(*self.v_loss(batch), self.vf_optimizer)
-        info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
-        return info | minimize(*self.qf_loss(batch), self.qf_optimizer)
+        """A gradient step of V, then by the new V of the policy and of Q; returns what to log."""
+        q = self.q_target(batch)  # (B,)
+        info = minimize(*self.v_loss(batch, q), self.vf_optimizer)
+        (actor_loss, actor_info), (qf_loss, qf_info) = self.actor_loss(batch, q), self.qf_loss(batch)
+        return minimize(actor_loss + qf_loss, info | actor_info | qf_info, self.actor_optimizer, self.qf_optimizer)
 
     def update_targets(self, step):
         """After each step, counted from 1: targets follow, the policy's learning rate falls to 0 along a cosine."""

@@ -395,18 +395,19 @@ def adam(parameters, lr, weight_decay=0.0):
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
 
 
-def minimize(loss, info, optimizer):
-    """One gradient step on `loss` of the optimizer's parameters, and of no others. Returns `info` for logging."""
+def minimize(loss, info, *optimizers):
+    """One gradient step on `loss` of the optimizers' parameters, and of no others. Returns `info` for logging."""
     info = {name: value.detach() for name, value in info.items()}
-    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
-    apply_gradients(optimizer)
+    loss.backward(inputs=[p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]])
+    apply_gradients(*optimizers)
     return info
 
 
 @torch.compiler.disable  # torch.compile ends its graph here: tracing into an optimizer makes the step slower
-def apply_gradients(optimizer):
-    optimizer.step()
-    optimizer.zero_grad()
+def apply_gradients(*optimizers):
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def decay_lr(optimizer, lr, step, steps):

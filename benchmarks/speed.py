@@ -78,7 +78,7 @@ PRODUCTS = {
     + 3 * forward(POLICY)
     + train(POLICY)
     + 2 * (forward(Q) + to_inputs(Q)),
-    "IQL": train(V) + 2 * forward(V) + train(MEAN) + 4 * forward(Q) + 2 * train(Q),
+    "IQL": train(V) + 2 * forward(V) + train(MEAN) + 2 * forward(Q) + 2 * train(Q),
     "BRAC": 2 * train(POLICY) + 3 * forward(POLICY) + 2 * (train(Q) + 2 * forward(Q) + to_inputs(Q)),
     "BC": train(MEAN),
 }

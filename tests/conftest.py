@@ -12,6 +12,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite tests the CPU, bit for bit
 os.environ["OMP_NUM_THREADS"] = "1"  # its runs are tiny: threads would wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -180,9 +180,25 @@ def test_v_moves_before_q():
 
 def test_twin_weights_the_better_actions_more_and_clips():
     iql = ContinuousIQL(3, 2, dataclasses.replace(Args(), beta=1e6))
-    assert iql.actor_loss(random_batch())[1]["weight"] <= 100
+    batch = random_batch()
+    assert iql.actor_loss(batch, iql.q_target(batch))[1]["weight"] <= 100
     iql.args.beta = 0.0
-    assert iql.actor_loss(random_batch())[1]["weight"] == 1.0
+    assert iql.actor_loss(batch, iql.q_target(batch))[1]["weight"] == 1.0
+
+
+def test_twin_updates_each_network_by_its_own_loss():
+    """One joint step of policy and critics is what two separate ones would be."""
+    iql, batch = ContinuousIQL(3, 2, Args()), random_batch()
+    other = copy.deepcopy(iql)
+    for optimizer, network in [("vf", other.vf), ("qf", other.qf), ("actor", other.actor)]:
+        setattr(other, f"{optimizer}_optimizer", adam(network.parameters(), 3e-4))
+    iql.update(batch)
+    q = other.q_target(batch)
+    minimize(*other.v_loss(batch, q), other.vf_optimizer)
+    minimize(*other.actor_loss(batch, q), other.actor_optimizer)
+    minimize(*other.qf_loss(batch), other.qf_optimizer)
+    for ours, theirs in zip(iql.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_actor_density_integrates_to_one():
