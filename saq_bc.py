@@ -168,7 +168,7 @@ class DiscreteBC(nn.Module):
         super().__init__()
         self.args, self.decode = args, vqvae.decode
         self.actor = vqvae.prior if args.use_prior else mlp(obs_dim, vqvae.num_codes)
-        self.logits = vqvae.prior_logits if args.use_prior else self.actor
+        self.logits = vqvae.prior_logits if args.use_prior else self.actor.forward
         self.optimizer = adam(self.actor.parameters(), args.lr)
 
     def loss(self, batch):

@@ -94,7 +94,7 @@ class Args:
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
 # command line wins over the row. The paper prints no hyperparameters; what it says of the authors is from their code.
 HPARAMS = {
-    # Chosen here, on these data: the README has the figures.
+    # Chosen here, on these demonstrations and on data that stand in for hopper-expert.
     "maze2d-large-demos": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper-expert": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
     # The middle of what the authors' scripts sweep: alpha 15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen.

@@ -217,6 +217,18 @@ class UserError(Exception):
     """Something that the user of a script can mend. The message is one sentence: what is wrong and what to do."""
 
 
+LIMITS = {
+    "steps vq_steps num_codes batch_size log_every eval_every eval_episodes final_episodes": (1, math.inf),
+    "target_every cql_samples": (1, math.inf),
+    "lr weight_decay reward_scale revive_every alpha beta cql_alpha": (0, math.inf),
+    "discount average polyak": (0, 1),
+    "expectile": (0.001, 0.999),
+    "temperature": (1e-6, math.inf),
+    "prior_floor": (-math.inf, 0),
+    "seed": (0, 2**32 - 1),
+}
+
+
 def check_arguments(args, begun=None):
     """Raises UserError for arguments that cannot be: numbers out of range, a missing device and, where a run has begun
     with arguments `begun`, any change that its checkpoint could not follow."""
@@ -236,18 +248,6 @@ def check_arguments(args, begun=None):
     for name, value in vars(args).items() if begun else ():
         if name not in free and value != (before := getattr(begun, name)):
             raise UserError(f"this run has begun with {name} {before}: leave out --{name.replace('_', '-')}.")
-
-
-LIMITS = {
-    "steps vq_steps num_codes batch_size log_every eval_every eval_episodes final_episodes": (1, math.inf),
-    "target_every cql_samples": (1, math.inf),
-    "lr weight_decay reward_scale revive_every alpha beta cql_alpha": (0, math.inf),
-    "discount average polyak": (0, 1),
-    "expectile": (0.001, 0.999),
-    "temperature": (1e-6, math.inf),
-    "prior_floor": (-math.inf, 0),
-    "seed": (0, 2**32 - 1),
-}
 
 
 def make_env(name):
@@ -310,8 +310,10 @@ def load_arrays(path, env):
         raise UserError(f"the dataset {path or ''} cannot be read: {str(error).rstrip('.')}.") from None
 
 
-def make_transitions(arrays, env, device):
-    """Checks the arrays and turns them into Transitions; returns these and the return (E,) of each episode."""
+def check_arrays(arrays, env):
+    """The arrays as float32, actions scaled to [-1, 1]. Raises UserError where one is missing, has another shape than
+    it should, holds anything but numbers, or does not fit the environment."""
+    checked = {}
     for key, dims in COLUMNS.items():
         if key not in arrays and key in ("timeouts", "next_observations"):
             continue
@@ -322,25 +324,29 @@ def make_transitions(arrays, env, device):
         except (TypeError, ValueError):
             raise UserError(f"the dataset's {key} are not numbers.") from None
         column = column[:, 0] if dims == 1 and column.shape[1:] == (1,) else column
-        if column.ndim != dims or column.size == 0 or len(column) != len(arrays["observations"]):
-            raise UserError(
-                f"the dataset's {key} have shape {column.shape}, its observations {arrays['observations'].shape}."
-            )
+        obs_shape = checked["observations"].shape if checked else column.shape
+        misfit = key == "next_observations" and column.shape != obs_shape
+        if column.ndim != dims or column.size == 0 or len(column) != obs_shape[0] or misfit:
+            raise UserError(f"the dataset's {key} have shape {column.shape}, its observations {obs_shape}.")
         bad = np.flatnonzero(~np.isfinite(column).reshape(len(column), -1).all(1))
         if bad.size:
-            raise UserError(
-                f"the dataset's {key} hold NaN or infinity in {bad.size} rows, the first of them row {bad[0]}."
-            )
-        arrays[key] = column
-    obs, actions, rewards = arrays["observations"], arrays["actions"], arrays["rewards"]
+            where = f"in {bad.size} rows, the first of them row {bad[0]}"
+            raise UserError(f"the dataset's {key} hold NaN or infinity {where}.")
+        checked[key] = column
     for key, space in [("observations", env.observation_space), ("actions", env.action_space)] if env else ():
-        if arrays[key].shape[1:] != space.shape:
-            raise UserError(
-                f"the dataset's {key} have size {arrays[key].shape[1]}, those of {env.spec.id} {space.shape[0]}."
-            )
+        size = checked[key].shape[1]
+        if (size,) != space.shape:
+            raise UserError(f"the dataset's {key} have size {size}, those of {env.spec.id} {space.shape[0]}.")
     if env and not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
         low, high = env.action_space.low, env.action_space.high
-        actions = 2 * (actions - low) / (high - low) - 1  # RescaleAction in make_eval_envs is the way back
+        checked["actions"] = 2 * (checked["actions"] - low) / (high - low) - 1  # make_eval_envs rescales them back
+    return checked
+
+
+def make_transitions(arrays, env, device):
+    """Checks the arrays and turns them into Transitions; returns these and the return (E,) of each episode."""
+    arrays = check_arrays(arrays, env)
+    obs, actions, rewards = arrays["observations"], arrays["actions"], arrays["rewards"]
     outside = (np.abs(actions) > 1).any(1)
     if outside.any():
         largest = np.abs(actions).max()
@@ -364,8 +370,6 @@ def make_transitions(arrays, env, device):
     # The next observation is the next row's, unless the file holds it. Where an episode ends without a terminal, what
     # followed is unknown and the transition is dropped.
     next_obs = arrays.get("next_observations", np.roll(obs, -1, 0))
-    if next_obs.shape != obs.shape:
-        raise UserError(f"the dataset's next_observations have shape {next_obs.shape}, its observations {obs.shape}.")
     keep = terminals | ~ends | ("next_observations" in arrays)
     if not keep.any():
         raise UserError("no transition's next observation is known: every row ends an episode. Add next_observations.")

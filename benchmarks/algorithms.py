@@ -55,7 +55,7 @@ def read(table):
 
 
 def run(task, script, seed, options):
-    """One run in a process of its own; appends its agents' results to the CSV."""
+    """One run in a process of its own; appends its agents' results to the CSV. Returns whether the run succeeded."""
     command = ["python", f"{script}.py", "--env", task, "--seed", str(seed)]
     command += [*(BUDGET if TASKS[task] else MAZE_BUDGET), *options.flags.split()]
     dataset = ["--dataset-path", str(options.data.resolve() / TASKS[task])] if TASKS[task] else []
@@ -69,7 +69,7 @@ def run(task, script, seed, options):
         )
         if process.returncode:
             print(f"failed: {' '.join(command)}\n{process.stderr[-2000:]}", flush=True)
-            return
+            return False
         result = json.loads(next(Path(folder).glob("*/result.json")).read_text())
     shown = command + ([f"--dataset-path {TASKS[task]}"] if TASKS[task] else [])
     rows = []
@@ -81,6 +81,7 @@ def run(task, script, seed, options):
             print(f"{task:30}{agent:12} seed {seed}: {scores[0]:7.1f} +- {scores[1]:.1f}", flush=True)
     with open(options.table, "a", newline="") as file:
         csv.writer(file).writerows(rows)
+    return True
 
 
 def show(table):
@@ -112,8 +113,10 @@ def main():
             if (task, script, seed) not in done and (file is None or options.data)
         ]
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(lambda job: run(*job), jobs))
+            succeeded = list(pool.map(lambda job: run(*job), jobs))
     show(options.table)
+    if not options.show and not all(succeeded):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

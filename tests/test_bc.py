@@ -52,6 +52,7 @@ def test_two_modes_stay_two_modes():
 
 def test_using_the_prior_trains_no_second_network():
     vqvae = ActionVQVAE(3, 2, 8, hidden=(8,))
+    assert not any(name.startswith("logits") for name in DiscreteBC(3, vqvae, Args()).state_dict())  # stored once
     agent = DiscreteBC(3, vqvae, dataclasses.replace(Args(), use_prior=True))
     assert agent.actor is vqvae.prior
     before = [p.clone() for p in (*vqvae.encoder.parameters(), *vqvae.decoder.parameters(), vqvae.codebook)]
