@@ -1,6 +1,6 @@
-"""D4RL's tasks for today's Gymnasium: the environments, datasets and reference scores, without mujoco_py.
+"""The tasks of D4RL and robomimic for today's Gymnasium: environments, datasets and reference scores.
 
-This module is a Gymnasium plugin. It is never imported, Gymnasium loads it by name:
+This module is a Gymnasium plugin, which Gymnasium loads by its name:
 
     env = gymnasium.make("offline_envs:hopper-expert-v2")
     dataset = env.get_wrapper_attr("get_dataset")()                        # dict of arrays in D4RL's layout
@@ -15,6 +15,9 @@ This module is a Gymnasium plugin. It is never imported, Gymnasium loads it by n
 | antmaze-{medium,large}-{play,diverse}-v{0,2}         | `pip install --no-deps d4rl==1.1`, for the robot's file  |
 | maze2d-{umaze,medium,large}-v1, ...-dense-v1         | Gymnasium-Robotics' point, D4RL's mazes and coordinates  |
 | maze2d-large-demos-v1                                | the same, from a fixed start; its data is in demos/      |
+| {lift,can,square,transport}-{ph,mh}, tool-hang-ph    | robosuite 1.4.1, made as the dataset's env_args say;     |
+|                                                      | needs `pip install -r requirements-robomimic.txt`        |
+| minari-v0, with `dataset_id="D4RL/door/human-v2"`    | what a Minari dataset recovers                           |
 
 Datasets are read from ~/.d4rl/datasets (or $D4RL_DATASET_DIR) and downloaded there once. `get_dataset(path)` reads
 any other file. URLs and reference scores are those of D4RL 1.1 (Fu et al., 2020, arXiv:2004.07219).
@@ -24,16 +27,21 @@ import contextlib
 import http.client
 import importlib.util
 import io
+import json
+import logging
 import os
 import tempfile
+import urllib.error
 import urllib.request
 import warnings
 import xml.etree.ElementTree as ElementTree
+import zlib
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import numpy as np
+from filelock import FileLock
 from gymnasium.envs.mujoco import MujocoEnv
 from tqdm import tqdm
 
@@ -47,6 +55,8 @@ with contextlib.redirect_stderr(io.StringIO()):  # the package warns of its Adro
     from gymnasium_robotics.envs.maze.maze_v4 import Maze
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+ROBOMIMIC_SERVER = "http://downloads.cs.stanford.edu/downloads/rt_benchmark"
+TIMEOUT = 30  # seconds without a byte, after which a download counts as broken
 DEMOS = Path(__file__).parent / "demos"
 
 # D4RL's names carry the version of the *dataset*; Gymnasium would advise "hopper-expert-v2" in place of v0.
@@ -57,10 +67,10 @@ warnings.filterwarnings("ignore", message=r".*The environment .*-v\d is out of d
 
 
 class OfflineEnv(gym.Wrapper):
-    """An environment that knows its D4RL dataset and reference scores.
+    """An environment that knows its dataset and its reference scores.
 
-    `dataset` is the URL of an HDF5 file, or the path of one that ships with this module.
-    `ref_min_score` and `ref_max_score` are the returns of a random and of an expert policy: D4RL's 0 and 1.
+    `dataset` is the URL of an HDF5 file, or the path of one that ships with this module. `ref_min_score` and
+    `ref_max_score` are the returns of a random and of an expert policy: D4RL's 0 and 1.
     """
 
     def __init__(self, env, dataset, ref_min_score, ref_max_score):
@@ -73,52 +83,112 @@ class OfflineEnv(gym.Wrapper):
 
     def provenance(self, h5path=None):
         """What a score over the data in `h5path`, by default the task's own, may be compared with: one sentence."""
+        suite = "robomimic" if str(self.dataset).startswith(ROBOMIMIC_SERVER) else "D4RL"
         official = isinstance(self.dataset, str) and Path(h5path or self.dataset).name == Path(self.dataset).name
-        data = "the data are D4RL's" if official else "the data are not D4RL's, so do not compare with D4RL's tables"
-        return f"Score: 0 at a return of {self.ref_min_score:g}, 100 at {self.ref_max_score:g}; {data}."
+        data = f"are {suite}'s" if official else f"are not {suite}'s, so do not compare with {suite}'s tables"
+        return f"Score: 0 at a return of {self.ref_min_score:g}, 100 at {self.ref_max_score:g}; the data {data}."
 
     @property
     def dataset_filepath(self):
         """Where the dataset lies, or will lie once downloaded."""
-        if isinstance(self.dataset, Path):
-            return self.dataset
-        folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        return folder / self.dataset.rsplit("/", 1)[-1]
+        return local_path(self.dataset)
 
     def get_dataset(self, h5path=None):
-        """Returns the file's `observations (N, O)`, `actions (N, A)`, `rewards (N,)`, `terminals (N,)`, and
-        `timeouts (N,)` and `next_observations (N, O)` where the file has them. Raises OSError with one sentence
-        when the file cannot be had or read."""
-        path = Path(h5path or self.dataset_filepath)
-        if h5path is None and not path.exists() and not isinstance(self.dataset, Path):
-            download(self.dataset, path)
-        keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+        """Returns a dict of arrays: `observations (N, O)`, `actions (N, A)`, `rewards (N,)`, `terminals (N,)`, and
+        `timeouts (N,)` and `next_observations (N, O)` where the file has them. Reads the task's own file, downloaded if
+        need be, or another .hdf5 or .npz file. Raises OSError with one sentence where it cannot be had or read."""
+        path, mask = split_mask(h5path or fetch(self.dataset))
         try:
-            with h5py.File(path) as file:
-                return {key: file[key][:] for key in keys if key in file}
+            with np.load(path) if path.suffix == ".npz" else h5py.File(path) as file:
+                return getattr(self.env, "read", read)(file, mask)
         except OSError as error:
-            raise OSError(f"{path} cannot be read as HDF5 ({error}): delete it to download it again.") from error
+            if h5path:
+                raise
+            raise OSError(f"{path} is damaged ({error}): delete it to download it again.") from error
 
 
-def download(url, path):
-    """Downloads `url` to `path`, whole or not at all: under a temporary name first, renamed once its size is right."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    by_hand = f"Download it by hand and put it at {path}, or pass --dataset-path."
-    try:
+def read(file, mask=None):
+    """The arrays of D4RL's layout in an open file. `mask` names demonstrations, which this layout does not do."""
+    if mask:
+        raise ValueError(f"it has no mask {mask}: only robomimic's files have masks")
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    return {key: file[key][()] for key in keys if key in file}
+
+
+def best_rewards(arrays, ends):
+    """Adds what an episode that ends in each of `ends` (N,) would return in an environment that pays for a task once,
+    where the dataset pays in every step in which it is done."""
+    first = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
+    return arrays | {"returns": np.maximum.reduceat(arrays["rewards"], first)}
+
+
+def local_path(dataset):
+    """Where the file of a URL lies in the cache, or will lie. A file that ships with this module stays where it is."""
+    if isinstance(dataset, Path):
+        return dataset
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    name = dataset.removeprefix(f"{ROBOMIMIC_SERVER}/")  # robomimic tells its files apart by folder, D4RL by name
+    return folder / (name if name != dataset else dataset.rsplit("/", 1)[-1])
+
+
+def split_mask(path):
+    """A path and, where it ends in ".hdf5:NAME", the name of a subset of robomimic's demonstrations."""
+    path, _, mask = str(path).partition(".hdf5:")
+    return (Path(f"{path}.hdf5"), mask) if mask else (Path(path), None)
+
+
+def fetch(dataset):
+    """The path of a dataset, downloaded first where it is not in the cache."""
+    path = local_path(dataset)
+    if not path.exists() and not isinstance(dataset, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-            size = int(response.headers["Content-Length"])
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := response.read(1 << 20):
-                    bar.update(file.write(chunk))
-        if part.stat().st_size != size:
-            raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
-        part.rename(path)
-    except (OSError, http.client.HTTPException, TypeError) as error:  # TypeError: no length to check against
-        reason = getattr(error, "reason", None) or error
-        raise OSError(f"{url} could not be downloaded ({reason}). {by_hand}") from error
-    finally:
-        part.unlink(missing_ok=True)
+        with FileLock(f"{path}.lock"):  # another process may be downloading it: wait, then use its file
+            if not path.exists():
+                download(dataset, path)
+        Path(f"{path}.lock").unlink(missing_ok=True)
+    return path
+
+
+def download(url, path, attempts=3):
+    """Downloads `url` to `path`, whole or not at all. What has arrived when the line breaks is kept under another name;
+    the next attempt, in this process or in another, goes on from there."""
+    reason = None
+    for _ in range(attempts):
+        try:
+            part, size = download_part(url, path)
+            if part.stat().st_size == size:
+                part.replace(path)
+                return
+            reason = f"{part.stat().st_size} of {size} bytes arrived"
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):  # the server has answered: asking again is of no use
+                reason = f"HTTP {error.code} {error.reason}"
+                break
+    by_hand = f"Try again to go on, or download it by hand and put it at {path}, or pass --dataset-path."
+    raise OSError(f"{url} could not be downloaded ({reason}). {by_hand}")
+
+
+def download_part(url, path):
+    """One attempt. Returns the file that holds what has arrived so far, and the size that it should have."""
+    response = urllib.request.urlopen(url, timeout=TIMEOUT)
+    size, version = response.headers["Content-Length"], response.headers["ETag"] or response.headers["Last-Modified"]
+    if size is None:
+        raise ValueError("the server does not say how long the file is")
+    # The name tells versions of the file apart, so that two of them are never joined.
+    part = path.with_name(f"{path.name}.{zlib.crc32(f'{size} {version}'.encode()):08x}.part")
+    have = part.stat().st_size if part.exists() else 0
+    have = have if have < int(size) else 0
+    if have:
+        response.close()
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        have = have if response.status == 206 else 0  # 200: the server sends all of it again
+    bar = tqdm(total=int(size), initial=have, unit="B", unit_scale=True, desc=path.name)
+    with response, bar, open(part, "ab" if have else "wb") as file:
+        while chunk := response.read1(1 << 20):
+            bar.update(file.write(chunk))
+    return part, int(size)
 
 
 # --- Environments that differ from today's packages ---
@@ -167,7 +237,8 @@ class Pen(AdroitHandPenEnv):
 
 class Kitchen(gym.ObservationWrapper):
     """FrankaKitchen with D4RL's noise of 0.1 and its 60 observations: 9 joints of the robot, 21 positions of objects,
-    and the 30 positions of the goal, 0 where they do not matter. Each task pays 1 once; all of them end the episode."""
+    and the 30 positions of the goal, 0 where they do not matter. Each task pays 1 once; all of them end the episode.
+    D4RL's data pay in every step for each task that is done then, and have a terminal where a demonstration ends."""
 
     def __init__(self, tasks, render_mode=None):
         noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}
@@ -180,6 +251,11 @@ class Kitchen(gym.ObservationWrapper):
     def observation(self, observation):
         joints_and_objects = observation["observation"]
         return np.concatenate([joints_and_objects[:9], joints_and_objects[18:39], self.goal])
+
+    def read(self, file, mask=None):
+        arrays = read(file, mask)
+        arrays.setdefault("timeouts", np.zeros(len(arrays["terminals"]), bool))  # no demonstration is cut at 280 steps
+        return best_rewards(arrays, (arrays["terminals"] > 0) | (arrays["timeouts"] > 0))
 
 
 MAZES = {
@@ -194,7 +270,8 @@ class Maze2d(point.PointEnv):
     """D4RL's maze2d: a force-actuated ball, reward 1 within 0.5 of the goal (dense: exp(-distance)), no termination.
 
     The observation is (x, y, vx, vy) in D4RL's coordinates, where cell (row, column) of the maze is reached at
-    about x = row, y = column. An episode starts in a random free cell, or always in `start`.
+    about x = row, y = column. An episode starts in a random free cell, or always in `start`. D4RL's data are one long
+    walk to ever new goals; what is called a timeout there marks the step in which one of them was reached.
     """
 
     def __init__(self, maze, dense=False, start=None, render_mode=None):
@@ -218,6 +295,12 @@ class Maze2d(point.PointEnv):
         reward = np.exp(-distance) if self.dense else distance <= 0.5
         return obs, float(reward), False, False, info
 
+    def read(self, file, mask=None):
+        arrays = read(file, mask)
+        if "timeouts" not in arrays and "terminals" in arrays:  # D4RL's generator calls these marks terminals
+            arrays |= {"timeouts": arrays["terminals"], "terminals": np.zeros(len(arrays["terminals"]), bool)}
+        return arrays
+
     def reset_model(self):
         cell = self.starts[self.np_random.integers(len(self.starts))]
         position = cell + self.np_random.uniform(-0.1, 0.1, size=2)
@@ -238,7 +321,8 @@ class AntMaze(MujocoEnv):
 
     The observation (29,) is the ant's positions, x and y first, and its velocities. Cells are 4 wide, the ant starts at
     the origin, in the cell marked R. The goal lies up to 1.5 beyond the centre of the cell marked G, anew in every
-    episode, or, with `fixed_goal`, as in D4RL's first version, at one place for good.
+    episode, or, with `fixed_goal`, as in D4RL's first version, at one place for good. In D4RL's data the ant walks on
+    from the goal; each step that ends there has a terminal and reward 1.
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 10}
@@ -269,6 +353,15 @@ class AntMaze(MujocoEnv):
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
         return self._get_obs(), float(reached), reached, False, {"success": reached}
 
+    def read(self, file, mask=None):
+        arrays = read(file, mask)
+        position = arrays["observations"][:, :2]
+        # The timeouts of the first version of these data are misplaced: no ant gets 2 further in a tenth of a second.
+        jumps = np.append(np.linalg.norm(np.diff(position, axis=0), axis=1) > 2, True)
+        timeouts = arrays["timeouts"] > 0 if "timeouts" in arrays else False
+        arrays["timeouts"] = jumps | timeouts
+        return best_rewards(arrays, arrays["timeouts"])
+
     def reset_model(self):
         if self.goal is None or not self.fixed_goal:
             beyond = self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
@@ -278,11 +371,139 @@ class AntMaze(MujocoEnv):
         return self._get_obs()
 
 
+class Robomimic(gym.Env):
+    """A robosuite task, made as the dataset in `path` says, ending in success with reward 1: the mean return over
+    episodes is robomimic's success rate. The observation holds, of each arm, the end effector's position (3) and
+    quaternion (4) and the gripper (2), then the object's state: what robomimic's own low-dimensional agents see."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, task, path, render_mode=None):
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+        try:
+            import robosuite
+        except ImportError as error:
+            raise gym.error.DependencyNotInstalled("run pip install -r requirements-robomimic.txt") from error
+        try:
+            with h5py.File(split_mask(path)[0]) as file:
+                env_args = json.loads(file["data"].attrs["env_args"])
+        except (OSError, KeyError, ValueError) as error:
+            raise gym.error.Error(f"{path} has no env_args in robomimic's layout: {error}") from error
+        if env_args.get("env_name") != task:
+            raise gym.error.Error(f"{path} is of the task {env_args.get('env_name')}, not {task}")
+        headless = dict(has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, camera_depths=False)
+        sparse = dict(use_object_obs=True, reward_shaping=False, ignore_done=True)
+        self.robosuite = robosuite.make(task, **env_args["env_kwargs"] | headless | sparse)
+        arms = [robot.robot_model.naming_prefix for robot in self.robosuite.robots]
+        self.keys = [arm + part for arm in arms for part in ("eef_pos", "eef_quat", "gripper_qpos")] + ["object"]
+        size = len(self.observe(self.robosuite.reset()))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        self.action_space = gym.spaces.Box(-1, 1, (self.robosuite.action_dim,), np.float32)
+
+    def observe(self, observed):
+        return np.concatenate([observed["object-state" if key == "object" else key] for key in self.keys])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        before = np.random.get_state()  # robosuite draws from NumPy's global generator
+        np.random.seed(self.np_random.integers(2**32))
+        observed = self.robosuite.reset()
+        np.random.set_state(before)
+        return self.observe(observed), {}
+
+    def step(self, action):
+        observed, *_ = self.robosuite.step(action)
+        success = bool(self.robosuite._check_success())
+        return self.observe(observed), float(success), success, False, {"success": success}
+
+    def close(self):
+        self.robosuite.close()
+
+    def read(self, file, mask=None):
+        """Every demonstration, or those of a mask, in the order of their numbers."""
+        if mask and mask not in file.get("mask", ()):
+            raise ValueError(f"it has no mask {mask}, but {', '.join(file.get('mask', ())) or 'none'}")
+        names = [name.decode() for name in file["mask"][mask]] if mask else list(file["data"])
+        columns = {key: [] for key in ("observations", "actions", "rewards", "terminals", "next_observations")}
+        for name in sorted(names, key=lambda name: int(name.rsplit("_", 1)[1])):
+            demo = file["data"][name]
+            columns["actions"].append(demo["actions"][()])
+            columns["rewards"].append(demo["rewards"][()])
+            columns["terminals"].append(demo["dones"][()])
+            for key, group in [("observations", "obs"), ("next_observations", "next_obs")]:
+                if group in demo:
+                    columns[key].append(np.concatenate([demo[group][part][()] for part in self.keys], 1))
+        ends = np.cumsum([len(rewards) for rewards in columns["rewards"]]) - 1
+        arrays = {key: np.concatenate(parts) for key, parts in columns.items() if parts}
+        arrays["timeouts"] = np.isin(np.arange(len(arrays["rewards"])), ends)
+        return best_rewards(arrays, arrays["timeouts"])
+
+
+# --- Minari ---
+
+
+class MinariEnv(gym.Wrapper):
+    """The environment that a Minari dataset recovers, its observations flattened, and the dataset in D4RL's layout.
+    Datasets are found in ~/.minari (or $MINARI_DATASETS_PATH) or downloaded by Minari."""
+
+    def __init__(self, dataset_id, render_mode=None):
+        try:
+            import minari
+
+            self.minari = minari.load_dataset(dataset_id, download=True)
+            env = self.minari.recover_environment(eval_env=True, render_mode=render_mode)
+        except Exception as error:  # of Minari, its server, the file and the environment
+            reason = " ".join(str(error).split())[:200]
+            raise gym.error.Error(f"Minari cannot load {dataset_id}: {reason or type(error).__name__}") from error
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            env = gym.wrappers.FlattenObservation(env)
+        super().__init__(env)
+        metadata = self.minari.storage.metadata
+        self.low, self.high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        if self.high is not None:  # without references there is no such method, and a score is the return
+            self.get_normalized_score = lambda value: (value - self.low) / (self.high - self.low)
+
+    def provenance(self, path=None):
+        return f"Score: 0 at a return of {self.low:g}, 100 at {self.high:g}, by Minari; these are not D4RL's numbers."
+
+    @property
+    def dataset_filepath(self):
+        return self.minari.spec.data_path
+
+    def get_dataset(self, path=None):
+        """All episodes, or the arrays of another file in D4RL's layout."""
+        if path:
+            with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
+                return read(file)
+        columns = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+        columns["next_observations"] = []
+        for episode in self.minari.iterate_episodes():
+            obs = flatten(self.minari.observation_space, episode.observations)  # (T + 1, O)
+            columns["observations"].append(obs[:-1])
+            columns["next_observations"].append(obs[1:])
+            columns["actions"].append(flatten(self.minari.action_space, episode.actions))
+            columns["rewards"].append(episode.rewards)
+            columns["terminals"].append(episode.terminations)
+            last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
+            columns["timeouts"].append(episode.truncations | last)
+        return {key: np.concatenate(parts) for key, parts in columns.items()}
+
+
+def flatten(space, batch):
+    """What gym.spaces.flatten makes of each of a batch of samples of Boxes, nested in Dicts or not: (B, ...)."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flatten(part, batch[key]) for key, part in space.spaces.items()], 1)
+    return np.asarray(batch).reshape(len(batch), -1)
+
+
 # --- D4RL's names ---
 
 
-def make(base, dataset, ref_min_score, ref_max_score, render_mode=None, **kwargs):
-    """The entry point behind every name: the environment `base` with its dataset and reference scores."""
+def make(base, dataset, ref_min_score, ref_max_score, dataset_path=None, render_mode=None, **kwargs):
+    """The entry point behind every name: the environment `base` with its dataset and reference scores. Only robomimic's
+    environments depend on a dataset: on the one in `dataset_path`, or else on their own."""
+    if base is Robomimic:
+        kwargs["path"] = dataset_path or fetch(dataset)
     if isinstance(base, str):
         with warnings.catch_warnings():  # "-v4 is out of date": it is the version whose physics is D4RL's
             warnings.simplefilter("ignore")
@@ -375,3 +596,19 @@ register(
     ref_min_score=6.7,
     ref_max_score=273.99,
 )
+
+ROBOMIMIC = {  # robosuite's name, and robomimic's horizons for demonstrations of one and of several operators
+    "lift": ("Lift", 400, 500),
+    "can": ("PickPlaceCan", 400, 500),
+    "square": ("NutAssemblySquare", 400, 500),
+    "tool-hang": ("ToolHang", 700, None),
+    "transport": ("TwoArmTransport", 700, 1100),
+}
+for name, (task, *horizons) in ROBOMIMIC.items():
+    for data, steps in zip(("ph", "mh"), horizons, strict=True):
+        if steps:
+            url = f"{ROBOMIMIC_SERVER}/{name.replace('-', '_')}/{data}/low_dim_v141.hdf5"
+            kwargs = {"task": task, "dataset_path": None, "ref_min_score": 0.0, "ref_max_score": 1.0}
+            register(f"{name}-{data}", steps, base=Robomimic, dataset=url, **kwargs)
+
+gym.register("minari-v0", entry_point=f"{__name__}:MinariEnv", kwargs={"dataset_id": None})

@@ -104,7 +104,7 @@ HPARAMS = {
     # The authors released nothing. Expectile and beta are IQL's, robomimic's for its tasks; lambda = 1 / beta is ours.
     "kitchen": dict(expectile=0.7, temperature=2.0, beta=0.5),
     "antmaze": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
-    "lift can square tool transport": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50),
+    "lift can square tool transport": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50, final_episodes=50),
 }
 PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="sample")
 DIAGNOSIS = {"value": "-"}  # the series in the figure's right panel, and their lines
@@ -136,9 +136,9 @@ def parse_args():
 # --- Evaluation ---
 
 
-def make_eval_envs(env_id, episodes):
+def make_eval_envs(spec, episodes):
     rescale = [lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
-    return gym.make_vec(env_id, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=rescale)
+    return gym.make_vec(spec, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=rescale)
 
 
 def choose(logits, how):
@@ -501,7 +501,7 @@ def main():
         tune_cpu()
 
     # The data, and what a score over them means.
-    env, env_id = make_env(args.env)
+    env = make_env(args.env, args.dataset_path)
     score, provenance = scoring(env, args.dataset_path)
     data, returns = make_transitions(load_arrays(args.dataset_path, env), env, device)
     source = args.dataset_path or env.get_wrapper_attr("dataset_filepath")
@@ -515,7 +515,7 @@ def main():
         vqvae = ActionVQVAE(obs_dim, action_dim, args.num_codes, action_only=args.action_only, lr=args.lr)
         agents = make_agents(obs_dim, action_dim, vqvae, args)
     run = Run(args, {"quantizer": vqvae, **agents})
-    envs = make_eval_envs(env_id, args.eval_episodes) if env else None
+    envs = make_eval_envs(env.spec, args.eval_episodes) if env else None
     if args.eval_only:
         trained = {name: agent for name, agent in agents.items() if name in run.done}
         if not (trained and env):

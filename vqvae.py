@@ -14,6 +14,7 @@ their data, checked, and what makes a training step fast.
 """
 
 import ctypes
+import importlib
 import importlib.util
 import logging
 import math
@@ -250,22 +251,30 @@ def check_arguments(args, begun=None):
             raise UserError(f"this run has begun with {name} {before}: leave out --{name.replace('_', '-')}.")
 
 
-def make_env(name):
-    """The environment and its id: a D4RL name from offline_envs.py or any Gymnasium id; (None, None) for "none"."""
-    reasons, ids = [], [name] if ":" in name else [f"offline_envs:{name}", name]
-    for env_id in ids if name != "none" else ():
-        try:
-            env = gym.make(env_id)
-        except (gym.error.Error, ImportError) as error:
-            reasons.append(str(error).rstrip("."))
-            continue
-        box, flat = env.action_space, len(env.observation_space.shape or ()) == 1
-        if not (flat and isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()):
-            raise UserError(f"{name} must have flat Box spaces for its observations and actions, the latter bounded.")
-        return env, env_id
-    if reasons:
-        raise UserError(f"there is no environment {name}: {'; '.join(reasons)}.")
-    return None, None
+def make_env(name, dataset_path=None):
+    """The environment of a task: a D4RL or robomimic name from offline_envs.py, any Gymnasium id, or the id of a Minari
+    dataset; None for "none". Its `spec` makes more of them."""
+    if name == "none":
+        return None
+    try:
+        importlib.import_module("offline_envs")  # a plugin: registers its names with Gymnasium
+        missing = ""
+    except ImportError as error:
+        missing = f" (offline_envs.py: {error})"
+    env_id, kwargs = name.removeprefix("offline_envs:"), {}
+    known = gym.registry.get(env_id)
+    if known and "dataset_path" in known.kwargs:  # robomimic's environments are made as a dataset says
+        kwargs = {"dataset_path": dataset_path}
+    if not known and "/" in name and ":" not in name:
+        env_id, kwargs = "minari-v0", {"dataset_id": name}
+    try:
+        env = gym.make(env_id, **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"there is no environment {name}: {str(error).rstrip('.')}{missing}.") from error
+    box, flat = env.action_space, len(env.observation_space.shape or ()) == 1
+    if not (flat and isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()):
+        raise UserError(f"{name} must have flat Box spaces for its observations and actions, the latter bounded.")
+    return env
 
 
 def scoring(env, path):
@@ -298,16 +307,21 @@ COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, ne
 
 
 def load_arrays(path, env):
-    """The arrays of D4RL's layout in an .hdf5 or .npz file, or the task's own where `path` is None."""
-    if path is None and not (env and env.has_wrapper_attr("get_dataset")):
+    """The arrays of D4RL's layout in the .hdf5 or .npz file `path`, or the task's own where it is None. Tasks with a
+    dataset of their own read files themselves: robomimic's have another layout."""
+    own = env is not None and env.has_wrapper_attr("get_dataset")
+    if path is None and not own:
         raise UserError("this task has no dataset of its own: pass --dataset-path.")
     try:
-        if path is None:
-            return env.get_wrapper_attr("get_dataset")()
+        if own:
+            return env.get_wrapper_attr("get_dataset")(path)
         with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
             return {key: file[key][()] for key in COLUMNS if key in file}
     except Exception as error:  # h5py and numpy raise a dozen types over a missing or damaged file
-        raise UserError(f"the dataset {path or ''} cannot be read: {str(error).rstrip('.')}.") from None
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"the dataset {path or 'of this task'} cannot be read: {reason or type(error).__name__}."
+        ) from None
 
 
 def check_arrays(arrays, env):
@@ -319,19 +333,19 @@ def check_arrays(arrays, env):
             continue
         if key not in arrays:
             raise UserError(f"the dataset has no {key}: D4RL's layout is {', '.join(list(COLUMNS)[:4])}, timeouts.")
-        try:
-            column = np.asarray(arrays[key], np.float32)
-        except (TypeError, ValueError):
-            raise UserError(f"the dataset's {key} are not numbers.") from None
+        column = np.asarray(arrays[key])
+        if column.dtype.kind not in "fiub":
+            raise UserError(f"the dataset's {key} are not numbers.")
+        column = column.astype(np.float32, copy=False)
         column = column[:, 0] if dims == 1 and column.shape[1:] == (1,) else column
         obs_shape = checked["observations"].shape if checked else column.shape
         misfit = key == "next_observations" and column.shape != obs_shape
         if column.ndim != dims or column.size == 0 or len(column) != obs_shape[0] or misfit:
             raise UserError(f"the dataset's {key} have shape {column.shape}, its observations {obs_shape}.")
-        bad = np.flatnonzero(~np.isfinite(column).reshape(len(column), -1).all(1))
-        if bad.size:
+        if not (column.min() > -1e10 and column.max() < 1e10):  # no measurement is as large, and NaN is neither
+            bad = np.flatnonzero(~(np.abs(column) < 1e10).reshape(len(column), -1).all(1))
             where = f"in {bad.size} rows, the first of them row {bad[0]}"
-            raise UserError(f"the dataset's {key} hold NaN or infinity {where}.")
+            raise UserError(f"the dataset's {key} hold NaN, infinity or numbers beyond 1e10 {where}.")
         checked[key] = column
     for key, space in [("observations", env.observation_space), ("actions", env.action_space)] if env else ():
         size = checked[key].shape[1]
@@ -343,41 +357,53 @@ def check_arrays(arrays, env):
     return checked
 
 
-def make_transitions(arrays, env, device):
-    """Checks the arrays and turns them into Transitions; returns these and the return (E,) of each episode."""
-    arrays = check_arrays(arrays, env)
-    obs, actions, rewards = arrays["observations"], arrays["actions"], arrays["rewards"]
-    outside = (np.abs(actions) > 1).any(1)
-    if outside.any():
-        largest = np.abs(actions).max()
-        print(f"warning: {outside.sum()} of {len(actions)} actions leave [-1, 1], up to {largest:.3g}: clipped")
-
-    # Where episodes end. Files without timeouts are cut where the environment's time limit would have struck.
+def find_ends(arrays, limit):
+    """True (N,) in the last row of each episode. Without timeouts, an episode also ends where the environment's time
+    limit (None: it has none) would have struck."""
     terminals = arrays["terminals"] > 0
     if "timeouts" in arrays:
         ends = terminals | (arrays["timeouts"] > 0)
+    elif limit:
+        rows = np.arange(len(terminals))
+        first = np.maximum.accumulate(
+            np.where(np.roll(terminals, 1), rows, 0)
+        )  # the row where each row's episode began
+        ends = terminals | ((rows - first) % limit == limit - 1)
     else:
-        ends, length = terminals.copy(), 0
-        for row in range(len(ends)):
-            length += 1
-            ends[row] |= env is not None and length == env.spec.max_episode_steps
-            length = 0 if ends[row] else length
+        ends = terminals.copy()
     if not ends.any():
         raise UserError("the dataset marks no end of an episode: set terminals or timeouts in the last row of each.")
     ends[-1] = True
-    returns = np.add.reduceat(rewards, np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1]))
+    return ends
+
+
+def make_transitions(arrays, env, device):
+    """Checks the arrays and turns them into Transitions; returns these and the return (E,) of each episode."""
+    returns = arrays.get("returns")  # of tasks whose data pay otherwise than their environment does
+    arrays = check_arrays(arrays, env)
+    outside = (np.abs(arrays["actions"]) > 1).any(1)
+    if outside.any():
+        largest = np.abs(arrays["actions"]).max()
+        print(f"warning: {outside.sum()} of {len(outside)} actions leave [-1, 1], up to {largest:.3g}: clipped")
+    ends = find_ends(arrays, env.spec.max_episode_steps if env else None)
+    if returns is None:
+        returns = np.add.reduceat(arrays["rewards"], np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1]))
 
     # The next observation is the next row's, unless the file holds it. Where an episode ends without a terminal, what
     # followed is unknown and the transition is dropped.
-    next_obs = arrays.get("next_observations", np.roll(obs, -1, 0))
-    keep = terminals | ~ends | ("next_observations" in arrays)
-    if not keep.any():
+    rows = np.flatnonzero(~ends | (arrays["terminals"] > 0) | ("next_observations" in arrays))
+    if not rows.size:
         raise UserError("no transition's next observation is known: every row ends an episode. Add next_observations.")
-    columns = [obs, actions.clip(-1, 1), rewards, next_obs, terminals, np.zeros(len(obs))]
-    types = [torch.float32] * 5 + [torch.int64]
-    return Transitions(
-        *(torch.tensor(c[keep], dtype=t, device=device) for c, t in zip(columns, types, strict=True))
-    ), returns
+
+    def column(key, rows):
+        return torch.from_numpy(arrays[key].take(rows, 0, mode="clip"))
+
+    obs, actions, rewards = column("observations", rows), column("actions", rows).clamp_(-1, 1), column("rewards", rows)
+    shifted = "next_observations" not in arrays
+    next_obs = column("observations", rows + 1) if shifted else column("next_observations", rows)
+    terminals = column("terminals", rows).gt(0).float()
+    columns = obs, actions, rewards, next_obs, terminals, torch.zeros(len(rows), dtype=torch.int64)
+    return Transitions(*(column.to(device) for column in columns)), returns
 
 
 def scale_rewards(rewards, returns, scale, shift):

@@ -64,9 +64,18 @@ def replace(key, function):
         (replace("rewards", lambda a: a[:, None].repeat(2, 1)), r"rewards have shape \(400, 2\)"),
         (replace("observations", lambda a: a[:, 0]), r"observations have shape \(400,\)"),
         (replace("rewards", lambda a: a.astype(str) + "x"), "rewards are not numbers"),
-        (put("observations", 17, np.nan), "observations hold NaN or infinity in 1 rows, the first of them row 17"),
-        (put("actions", slice(5, 8), np.inf), "actions hold NaN or infinity in 3 rows, the first of them row 5"),
-        (put("rewards", -1, -np.inf), "rewards hold NaN or infinity in 1 rows, the first of them row 399"),
+        (
+            put("observations", 17, np.nan),
+            "observations hold NaN, infinity or numbers beyond 1e10 in 1 rows, the first of them row 17",
+        ),
+        (
+            put("actions", slice(5, 8), np.inf),
+            "actions hold NaN, infinity or numbers beyond 1e10 in 3 rows, the first of them row 5",
+        ),
+        (
+            put("rewards", -1, -np.inf),
+            "rewards hold NaN, infinity or numbers beyond 1e10 in 1 rows, the first of them row 399",
+        ),
         (put("timeouts", slice(None), 0), "marks no end of an episode"),
         (without("timeouts"), "marks no end of an episode"),
         (lambda arrays: arrays.update({k: v[:0] for k, v in arrays.items()}), r"have shape \(0, 3\)"),
