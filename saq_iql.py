@@ -94,6 +94,7 @@ class Args:
 
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
 # command line wins over the row. The paper prints no hyperparameters; "authors" is their code, "IQL" is IQL's code.
+ROBOSUITE = dict(eval_episodes=50, final_episodes=50)
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos": dict(**MAZE, temperature=10.0),  # chosen on these data: 2 still swings
@@ -104,7 +105,7 @@ HPARAMS = {
     # The authors released nothing. Expectile and beta are IQL's, robomimic's for its tasks; lambda = 1 / beta is ours.
     "kitchen": dict(expectile=0.7, temperature=2.0, beta=0.5),
     "antmaze": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
-    "lift can square tool transport": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50, final_episodes=50),
+    "lift can square tool transport": dict(expectile=0.9, beta=1.0, temperature=1.0, **ROBOSUITE),
 }
 PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="sample")
 DIAGNOSIS = {"value": "-"}  # the series in the figure's right panel, and their lines
@@ -302,17 +303,14 @@ class ContinuousIQL(nn.Module):
         v_loss = expectile_loss(q - self.vf(batch.obs)[:, 0], self.args.expectile)
         return v_loss, {"v_loss": v_loss}
 
-    def actor_loss(self, batch, q):
+    def actor_loss(self, batch, adv):
         """Regression onto the dataset's actions, weighted by exp(beta A): what Eq. 14 has in closed form."""
-        with torch.no_grad():
-            weight = (self.args.beta * (q - self.vf(batch.obs)[:, 0])).exp().clamp(max=100)
+        weight = (self.args.beta * adv).exp().clamp(max=100)
         actor_loss = -(weight * self.actor.log_prob(batch.obs, batch.actions)).mean()
         return actor_loss, {"actor_loss": actor_loss, "weight": weight.mean()}
 
-    def qf_loss(self, batch):
-        with torch.no_grad():
-            next_v = self.vf(batch.next_obs)[:, 0]
-            td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_v
+    def qf_loss(self, batch, next_v):
+        td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_v
         obs_actions = torch.cat([batch.obs, batch.actions], 1)
         q = torch.cat([qf(obs_actions) for qf in self.qf], 1)  # (B, 2)
         qf_loss = (q - td_target[:, None]).square().mean(0).sum()
@@ -322,7 +320,9 @@ class ContinuousIQL(nn.Module):
         """A gradient step of V, then by the new V of the policy and of Q; returns what to log."""
         q = self.q_target(batch)  # (B,)
         info = minimize(*self.v_loss(batch, q), self.vf_optimizer)
-        (actor_loss, actor_info), (qf_loss, qf_info) = self.actor_loss(batch, q), self.qf_loss(batch)
+        with torch.no_grad():
+            v, next_v = self.vf(torch.cat([batch.obs, batch.next_obs]))[:, 0].chunk(2)  # (B,), (B,)
+        (actor_loss, actor_info), (qf_loss, qf_info) = self.actor_loss(batch, q - v), self.qf_loss(batch, next_v)
         return minimize(actor_loss + qf_loss, info | actor_info | qf_info, self.actor_optimizer, self.qf_optimizer)
 
     def update_targets(self, step):

@@ -181,9 +181,10 @@ def test_v_moves_before_q():
 def test_twin_weights_the_better_actions_more_and_clips():
     iql = ContinuousIQL(3, 2, dataclasses.replace(Args(), beta=1e6))
     batch = random_batch()
-    assert iql.actor_loss(batch, iql.q_target(batch))[1]["weight"] <= 100
+    adv = torch.tensor([-1.0, 1.0]).repeat(len(batch.obs) // 2)
+    assert iql.actor_loss(batch, adv)[1]["weight"] == 50  # exp(beta A) is 0 for half of them, 100 for the others
     iql.args.beta = 0.0
-    assert iql.actor_loss(batch, iql.q_target(batch))[1]["weight"] == 1.0
+    assert iql.actor_loss(batch, adv)[1]["weight"] == 1.0
 
 
 def test_twin_updates_each_network_by_its_own_loss():
@@ -195,8 +196,10 @@ def test_twin_updates_each_network_by_its_own_loss():
     iql.update(batch)
     q = other.q_target(batch)
     minimize(*other.v_loss(batch, q), other.vf_optimizer)
-    minimize(*other.actor_loss(batch, q), other.actor_optimizer)
-    minimize(*other.qf_loss(batch), other.qf_optimizer)
+    with torch.no_grad():
+        v, next_v = other.vf(batch.obs)[:, 0], other.vf(batch.next_obs)[:, 0]
+    minimize(*other.actor_loss(batch, q - v), other.actor_optimizer)
+    minimize(*other.qf_loss(batch, next_v), other.qf_optimizer)
     for ours, theirs in zip(iql.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
