@@ -4,15 +4,19 @@
 
 A phase and its products are timed in turn, in short bursts, and shares are medians over the bursts: on a shared machine
 absolute speeds drift, ratios taken within one run hold. Sizes: hopper's 11 observations and 3 actions, 64 codes, batch
-256. Where d3rlpy is installed, its DiscreteCQL and CQL are timed at the same sizes.
+256. Where d3rlpy is installed, its DiscreteCQL and CQL are timed at the same sizes. At the end, a file in D4RL's layout
+is loaded, in a process of its own: its seconds beside those that h5py takes to read the arrays, and its peak memory.
 """
 
+import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 import tyro
@@ -22,7 +26,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import ActionVQVAE, Transitions, accelerate, tune_cpu
+from vqvae import ActionVQVAE, Transitions, accelerate, load_arrays, make_transitions, tune_cpu
 
 OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
 
@@ -32,6 +36,7 @@ class Options:
     compile: bool = True  # torch.compile the updates, as the scripts do in long runs
     rounds: int = 15  # bursts of each phase
     burst: float = 0.4  # seconds of one burst
+    transitions: int = 2_000_000  # of the file that is loaded, with antmaze's 29 observations and 8 actions
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 
@@ -171,6 +176,51 @@ def rate(step, seconds, device):
     return calls / elapsed
 
 
+# --- Loading ---
+
+
+def write_file(path, rows):
+    """Random transitions as D4RL writes them: float32 and bool, compressed, episodes of 1000."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "observations": rng.standard_normal((rows, 29), np.float32),
+        "actions": rng.random((rows, 8), np.float32),
+        "rewards": rng.random(rows, np.float32),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(rows) % 1000 == 999,
+    }
+    with h5py.File(path, "w") as file:
+        for key, column in columns.items():
+            file.create_dataset(key, data=column, compression="gzip")
+
+
+def read_alone(path):
+    """Seconds that h5py takes to read the arrays."""
+    start = time.perf_counter()
+    with h5py.File(path) as file:
+        _ = [file[key][()] for key in file]
+    return time.perf_counter() - start
+
+
+def load(path):
+    """Seconds that a script takes until it has the transitions, and its peak memory as a multiple of their size."""
+    before, start = memory("VmRSS"), time.perf_counter()
+    data, _ = make_transitions(load_arrays(path, None), None, torch.device("cpu"))
+    seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+    return seconds, peak / sum(column.nbytes for column in data if column.dtype == torch.float32)
+
+
+def memory(field):
+    """Bytes of this process by a field of Linux's /proc: VmRSS now, VmHWM at most so far."""
+    (line,) = (line for line in open("/proc/self/status") if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def in_new_process(function, path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, (path,))
+
+
 def main():
     options = tyro.cli(Options, description=__doc__)
     device = torch.device(options.device)
@@ -197,6 +247,16 @@ def main():
             ratios = (ours / other for ours, other in zip(rates["ours"], rates["d3rlpy"], strict=True))
             line += f"{median['d3rlpy']:10.1f}{statistics.median(ratios):8.1f}"
         print(line, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(f"{folder}/data.hdf5", options.transitions)
+        alone = in_new_process(read_alone, f"{folder}/data.hdf5")
+        seconds, peak = in_new_process(load, f"{folder}/data.hdf5")
+    print(
+        f"loading {options.transitions:,} transitions: {seconds:.2f} s, {seconds / alone:.1f} times h5py alone; ",
+        end="",
+    )
+    print(f"peak memory {peak:.2f} times the transitions in float32")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,11 @@ def test_a_module_before_the_name_is_understood():
 
 
 def test_the_benchmark(tmp_path):
-    process = run_script("--rounds", 1, "--burst", 0.05, "--no-compile", script="benchmarks/speed.py")
+    options = "--rounds 1 --burst 0.05 --no-compile --transitions 20000"
+    process = run_script(*options.split(), script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
-    rows = process.stdout.splitlines()[1:]
+    *rows, loading = process.stdout.splitlines()[1:]
+    assert re.fullmatch(r"loading 20,000 transitions: [\d.]+ s, [\d.]+ times h5py alone; peak memory .*", loading)
     names = ["quantizer fit", "SAQ-CQL", "SAQ-IQL", "SAQ-BRAC", "SAQ-BC", "CQL", "IQL", "BRAC", "BC"]
     assert [row[:20].strip() for row in rows] == names
     assert all(float(row.split("%")[0].split()[-1]) > 0 for row in rows)
