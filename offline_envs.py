@@ -383,7 +383,8 @@ class Robomimic(gym.Env):
         try:
             import robosuite
         except ImportError as error:
-            raise gym.error.DependencyNotInstalled("run pip install -r requirements-robomimic.txt") from error
+            how = "pip install -r requirements-robomimic.txt"
+            raise gym.error.DependencyNotInstalled(f"robosuite is needed ({error}): {how}") from error
         try:
             with h5py.File(split_mask(path)[0]) as file:
                 env_args = json.loads(file["data"].attrs["env_args"])

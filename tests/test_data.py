@@ -1,7 +1,6 @@
 """Datasets: what each family means by its flags, robomimic's and Minari's layouts, downloads, damaged files."""
 
 import http.server
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, dataset, run_script
+from conftest import ROOT, SHARED_DATA, dataset, from_pypi, run_script
 from gymnasium.utils.env_checker import check_env
 
 from vqvae import UserError, find_ends, load_arrays, make_env, make_transitions, scoring
@@ -91,7 +90,7 @@ def test_maze2d_flags_mark_goals(tmp_path, name):
     assert (len(data.obs), len(returns), data.terminals.sum()) == (396, 4, 0)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("d4rl") is None, reason="antmaze needs pip install --no-deps d4rl==1.1")
+@pytest.mark.usefixtures("ant")
 def test_antmaze_walks_on_from_the_goal_and_jumps_only_between_episodes(tmp_path):
     env = make_env("antmaze-umaze-v0")
     arrays = dataset(n=300, obs_dim=29, action_dim=8)
@@ -131,8 +130,6 @@ def test_all_scripts_on_door(tmp_path, script):
 # --- robomimic ---
 
 LIFT = SHARED_DATA / "lift_ph_10demos.hdf5"
-HAS_ROBOSUITE = importlib.util.find_spec("robosuite") is not None
-needs_robosuite = pytest.mark.skipif(not HAS_ROBOSUITE, reason="needs pip install -r requirements-robomimic.txt")
 needs_lift = pytest.mark.skipif(not LIFT.exists(), reason="robomimic's demonstrations are not here")
 PARTS = ["robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object"]
 
@@ -195,13 +192,55 @@ def test_robomimic_masks(tmp_path):
         load_arrays(f"{write(tmp_path / 'd.hdf5', dataset())}:best", make_env("hopper-expert-v2"))
 
 
-@pytest.mark.skipif(HAS_ROBOSUITE, reason="robosuite is here")
-def test_robomimic_says_what_it_needs(tmp_path):
+def test_robomimic_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "robosuite", None)
     with pytest.raises(UserError, match="pip install -r requirements-robomimic.txt"):
         make_env("lift-ph", demonstrations(tmp_path / "lift.hdf5"))
 
 
-@needs_robosuite
+@pytest.mark.parametrize(
+    ("name", "task", "arms", "object_size"),
+    [
+        ("can-ph", "PickPlaceCan", 1, 14),
+        ("square-mh", "NutAssemblySquare", 1, 14),
+        ("tool-hang-ph", "ToolHang", 1, 44),
+        ("transport-ph", "TwoArmTransport", 2, 41),
+    ],
+)
+def test_other_robomimic_tasks(tmp_path, name, task, arms, object_size):
+    """Sizes of robomimic's datasets; of transport, both arms."""
+    controller = {"type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05] * 3 + [0.5] * 3}
+    controller |= {"output_min": [-0.05] * 3 + [-0.5] * 3, "kp": 150, "damping": 1, "impedance_mode": "fixed"}
+    controller |= {"kp_limits": [0, 300], "damping_limits": [0, 10], "position_limits": None, "control_delta": True}
+    controller |= {"orientation_limits": None, "uncouple_pos_ori": True, "interpolation": None, "ramp_ratio": 0.2}
+    kwargs = {"robots": ["Panda"] * arms, "controller_configs": controller, "control_freq": 20}
+    kwargs |= {"env_configuration": "single-arm-opposed"} if arms == 2 else {}
+    with h5py.File(tmp_path / "low_dim_v141.hdf5", "w") as file:
+        file.create_group("data").attrs["env_args"] = json.dumps({"env_name": task, "env_kwargs": kwargs})
+    env = make_env(name, str(tmp_path / "low_dim_v141.hdf5"))
+    assert env.observation_space.shape == (9 * arms + object_size,)
+    assert env.action_space.shape == (7 * arms,)
+    assert env.reset(seed=0)[0].shape == env.observation_space.shape
+    _, reward, terminated, _, _ = env.step(np.zeros(7 * arms, np.float32))
+    assert (reward, terminated) == (0.0, False)
+
+
+def test_robomimics_own_test_file(pytestconfig):
+    """The file with images in robomimic 0.1.0's source archive, of which the low-dimensional part is read."""
+    member = "robomimic-0.1.0/tests/assets/test.hdf5"
+    arrays = reader().get_dataset(str(from_pypi("robomimic==0.1.0", member, pytestconfig)))
+    assert arrays["observations"].shape == (531, 19)
+    assert arrays["actions"].shape == (531, 7)
+    data, returns = make_transitions(arrays, None, CPU)
+    assert returns.tolist() == [1] * 10
+    assert data.terminals.sum() == 51
+    alive = (data.terminals[:-1] == 0).numpy()
+    np.testing.assert_array_equal(data.next_obs[:-1][alive], data.obs[1:][alive])
+    if LIFT.exists():
+        for key, column in reader().get_dataset(str(LIFT)).items():
+            np.testing.assert_array_equal(arrays[key], column)
+
+
 def test_a_file_of_another_task(tmp_path):
     with pytest.raises(UserError, match="is of the task Lift, not ToolHang"):
         make_env("tool-hang-ph", demonstrations(tmp_path / "lift.hdf5"))
@@ -220,7 +259,6 @@ def test_robomimic_names_and_horizons():
         assert gym.spec(name).kwargs["dataset"].endswith(url)
 
 
-@needs_robosuite
 @needs_lift
 def test_lift_reproduces_its_demonstrations():
     """From the stored states our observations are those of the file; its actions succeed in our environment."""
@@ -242,7 +280,6 @@ def test_lift_reproduces_its_demonstrations():
     assert successes >= 9
 
 
-@needs_robosuite
 @needs_lift
 def test_lift_in_gymnasium(tmp_path):
     env = make_env("lift-ph", str(LIFT))

@@ -203,17 +203,14 @@ def test_the_shipped_demonstrations_replay():
 
 # --- antmaze ---
 
-HAS_ANT = importlib.util.find_spec("d4rl") is not None
-needs_ant = pytest.mark.skipif(not HAS_ANT, reason="the ant is not here: pip install --no-deps d4rl==1.1")
 
-
-@pytest.mark.skipif(HAS_ANT, reason="the ant is here")
-def test_antmaze_says_what_it_needs():
+def test_antmaze_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(gym.error.DependencyNotInstalled, match="pip install --no-deps d4rl==1.1"):
         make("antmaze-umaze-v2")
 
 
-@needs_ant
+@pytest.mark.usefixtures("ant")
 @pytest.mark.parametrize(
     ("name", "steps", "cell", "file"),
     [
@@ -249,7 +246,7 @@ def test_antmaze_starts_goals_and_horizon(name, steps, cell, file):
     assert len({tuple(goal) for goal in goals}) == (1 if name.endswith("v0") else 10)
 
 
-@needs_ant
+@pytest.mark.usefixtures("ant")
 def test_antmaze_ends_within_half_of_the_goal():
     env = make("antmaze-umaze-v2").unwrapped
     for offset, done in [(0.3, True), (0.8, False)]:
@@ -262,7 +259,7 @@ def test_antmaze_ends_within_half_of_the_goal():
         np.testing.assert_array_equal(obs, np.concatenate([env.data.qpos[:15], env.data.qvel[:14]]))
 
 
-@needs_ant
+@pytest.mark.usefixtures("ant")
 def test_antmaze_has_walls():
     """An ant that is pushed against the wall west of its start does not leave the maze."""
     env = make("antmaze-umaze-v2").unwrapped
@@ -323,6 +320,16 @@ def test_kitchen_observes_d4rls_goal():
     np.testing.assert_array_equal(obs[30:], goal)
 
 
+def test_kitchen_observations_are_noisy():
+    """D4RL's noise ratio of 0.1, ten times the library's: an observed joint is off by up to 0.1 of its amplitude."""
+    env = make("kitchen-mixed-v0")
+    robot = env.unwrapped.robot_env
+    resets = np.array([env.reset(seed=seed)[0][:9] - robot.data.qpos[:9] for seed in range(100)])
+    amplitude = robot.robot_pos_noise_amp[:9]
+    assert (amplitude > 0).all()
+    assert ((resets.max(0) > 0.09 * amplitude) & (resets.max(0) <= 0.1 * amplitude)).all()
+
+
 def test_kitchen_pays_each_task_once_and_ends_when_all_are_done():
     env = make("kitchen-complete-v0")
     env.reset(seed=0)
@@ -378,12 +385,12 @@ def rollout(name):
 
 
 @pytest.mark.parametrize("name", PHYSICS)
-def test_physics_has_not_changed(name):
+def test_physics_has_not_changed(name, request):
     """Against rollouts that `python tests/test_envs.py` stored with the pinned versions."""
-    if name.startswith("antmaze") and not HAS_ANT:
-        pytest.skip("antmaze needs pip install --no-deps d4rl==1.1")
-    if name == "lift-ph" and not (importlib.util.find_spec("robosuite") and SHARED_DATA.exists()):
-        pytest.skip("lift needs pip install -r requirements-robomimic.txt and a file of robomimic's")
+    if name.startswith("antmaze"):
+        request.getfixturevalue("ant")
+    if name == "lift-ph" and not SHARED_DATA.exists():
+        pytest.skip("robomimic's demonstrations are not here")
     with np.load(ROLLOUTS) as stored:
         for part, values in zip(("obs", "rewards"), rollout(name), strict=True):
             np.testing.assert_allclose(values, stored[f"{name}/{part}"], rtol=1e-4, atol=1e-4)
