@@ -115,6 +115,13 @@ def read(file, mask=None):
     return {key: file[key][()] for key in keys if key in file}
 
 
+def join(episodes):
+    """Arrays (N, ...) from a list of episodes, each a dict of arrays (T, ...); a timeout in the last row of each."""
+    arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
+    ends = np.cumsum([len(episode["rewards"]) for episode in episodes]) - 1
+    return arrays | {"timeouts": np.isin(np.arange(ends[-1] + 1), ends)}
+
+
 def best_rewards(arrays, ends):
     """Adds what an episode that ends in each of `ends` (N,) would return in an environment that pays for a task once,
     where the dataset pays in every step in which it is done."""
@@ -149,60 +156,51 @@ def fetch(dataset):
     return path
 
 
-def download(url, path, attempts=3):
+def download(url, path):
     """Downloads `url` to `path`, whole or not at all. What has arrived when the line breaks is kept under another name;
-    the next attempt, in this process or in another, goes on from there."""
-    reason = None
-    for _ in range(attempts):
+    the next of three attempts, or the next call, goes on from there."""
+    for _ in range(3):
         try:
-            part, size = download_part(url, path)
-            if part.stat().st_size == size:
-                part.replace(path)
-                return
-            reason = f"{part.stat().st_size} of {size} bytes arrived"
+            return download_part(url, path).replace(path)
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {error.reason}"
+            break  # the server has answered: asking again is of no use
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
-            if isinstance(error, urllib.error.HTTPError):  # the server has answered: asking again is of no use
-                reason = f"HTTP {error.code} {error.reason}"
-                break
     by_hand = f"Try again to go on, or download it by hand and put it at {path}, or pass --dataset-path."
     raise OSError(f"{url} could not be downloaded ({reason}). {by_hand}")
 
 
 def download_part(url, path):
-    """One attempt. Returns the file that holds what has arrived so far, and the size that it should have."""
+    """One attempt, from where the last one stopped. Returns the whole file, still under its other name."""
     response = urllib.request.urlopen(url, timeout=TIMEOUT)
     size, version = response.headers["Content-Length"], response.headers["ETag"] or response.headers["Last-Modified"]
     if size is None:
         raise ValueError("the server does not say how long the file is")
     # The name tells versions of the file apart, so that two of them are never joined.
     part = path.with_name(f"{path.name}.{zlib.crc32(f'{size} {version}'.encode()):08x}.part")
-    have = part.stat().st_size if part.exists() else 0
-    have = have if have < int(size) else 0
+    size, have = int(size), part.stat().st_size if part.exists() else 0
+    have = have if have < size else 0
     if have:
         response.close()
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
         have = have if response.status == 206 else 0  # 200: the server sends all of it again
-    bar = tqdm(total=int(size), initial=have, unit="B", unit_scale=True, desc=path.name)
+    bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=path.name)
     with response, bar, open(part, "ab" if have else "wb") as file:
         while chunk := response.read1(1 << 20):
             bar.update(file.write(chunk))
-    return part, int(size)
+    if part.stat().st_size != size:
+        raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
+    return part
 
 
 # --- Environments that differ from today's packages ---
 
 
-class PadObservation(gym.ObservationWrapper):
+def pad(observation):
     """D4RL's Ant observes 84 contact forces that its MuJoCo always reported as zero: (27,) becomes (111,)."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (111,), np.float64)
-
-    def observation(self, observation):
-        return np.concatenate([observation, np.zeros(84)])
+    return np.concatenate([observation, np.zeros(84)])
 
 
 def reach(step, gap):
@@ -308,21 +306,16 @@ class Maze2d(point.PointEnv):
         return self._get_obs()[0]
 
 
-ANT_MAZES = {
-    "umaze": "##### #ROO# ###O# #GOO# #####",
-    "medium": "######## #RO##OO# #OO#OOO# ##OOO### #OO#OOO# #O#OO#O# #OOO#OG# ########",
-    "large": "############ #ROOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# #OO#O#OOOOO# ##O#O#O#O### #OO#OOO#OGO# "
-    "############",
-}
+ANT_GOALS = {"umaze": (3, 1), "medium": (6, 6), "large": (7, 9)}
 
 
 class AntMaze(MujocoEnv):
     """D4RL's antmaze: reward 1 and the end of the episode within 0.5 of the goal, which is not observed.
 
-    The observation (29,) is the ant's positions, x and y first, and its velocities. Cells are 4 wide, the ant starts at
-    the origin, in the cell marked R. The goal lies up to 1.5 beyond the centre of the cell marked G, anew in every
-    episode, or, with `fixed_goal`, as in D4RL's first version, at one place for good. In D4RL's data the ant walks on
-    from the goal; each step that ends there has a terminal and reward 1.
+    The observation (29,) is the ant's positions, x and y first, and its velocities. Cells are 4 wide; the ant starts at
+    the origin, the centre of cell (1, 1). The goal lies up to 1.5 beyond the centre of its cell, anew in every episode,
+    or, with `fixed_goal`, as in D4RL's first version, at one place for good. In D4RL's data the ant walks on from the
+    goal; each step that ends there has a terminal and reward 1.
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"], "render_fps": 10}
@@ -332,11 +325,10 @@ class AntMaze(MujocoEnv):
         if package is None:
             raise gym.error.DependencyNotInstalled("antmaze needs D4RL's ant: pip install --no-deps d4rl==1.1")
         tree = ElementTree.parse(Path(package.submodule_search_locations[0]) / "locomotion" / "assets" / "ant.xml")
-        cells = np.array([list(row) for row in ANT_MAZES[maze].split()])
+        cells = np.array([list(row) for row in MAZES[maze].split()])
         self.fixed_goal, self.goal = fixed_goal, None
-        start = np.argwhere(cells == "R")[0]
-        self.goal_cell = 4.0 * (np.argwhere(cells == "G")[0] - start)[::-1]  # (x, y): x runs along columns
-        for y, x in 4.0 * (np.argwhere(cells == "#") - start):
+        self.goal_cell = 4.0 * (np.array(ANT_GOALS[maze]) - 1)[::-1]  # (x, y): x runs along columns
+        for y, x in 4.0 * (np.argwhere(cells == "#") - 1):
             wall = {"type": "box", "pos": f"{x} {y} 1", "size": "2 2 1", "contype": "1", "conaffinity": "1"}
             ElementTree.SubElement(tree.find(".//worldbody"), "geom", wall)
         with tempfile.TemporaryDirectory() as folder:
@@ -394,7 +386,12 @@ class Robomimic(gym.Env):
             raise gym.error.Error(f"{path} is of the task {env_args.get('env_name')}, not {task}")
         headless = dict(has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, camera_depths=False)
         sparse = dict(use_object_obs=True, reward_shaping=False, ignore_done=True)
-        self.robosuite = robosuite.make(task, **env_args["env_kwargs"] | headless | sparse)
+        try:
+            self.robosuite = robosuite.make(task, **env_args["env_kwargs"] | headless | sparse)
+        except Exception as error:  # files of other versions of robosuite describe other environments
+            raise gym.error.Error(
+                f"robosuite {robosuite.__version__} cannot make what {path} says: {error!r}"
+            ) from error
         arms = [robot.robot_model.naming_prefix for robot in self.robosuite.robots]
         self.keys = [arm + part for arm in arms for part in ("eef_pos", "eef_quat", "gripper_qpos")] + ["object"]
         size = len(self.observe(self.robosuite.reset()))
@@ -425,18 +422,15 @@ class Robomimic(gym.Env):
         if mask and mask not in file.get("mask", ()):
             raise ValueError(f"it has no mask {mask}, but {', '.join(file.get('mask', ())) or 'none'}")
         names = [name.decode() for name in file["mask"][mask]] if mask else list(file["data"])
-        columns = {key: [] for key in ("observations", "actions", "rewards", "terminals", "next_observations")}
+        episodes = []
         for name in sorted(names, key=lambda name: int(name.rsplit("_", 1)[1])):
             demo = file["data"][name]
-            columns["actions"].append(demo["actions"][()])
-            columns["rewards"].append(demo["rewards"][()])
-            columns["terminals"].append(demo["dones"][()])
+            episode = {"actions": demo["actions"], "rewards": demo["rewards"], "terminals": demo["dones"]}
             for key, group in [("observations", "obs"), ("next_observations", "next_obs")]:
                 if group in demo:
-                    columns[key].append(np.concatenate([demo[group][part][()] for part in self.keys], 1))
-        ends = np.cumsum([len(rewards) for rewards in columns["rewards"]]) - 1
-        arrays = {key: np.concatenate(parts) for key, parts in columns.items() if parts}
-        arrays["timeouts"] = np.isin(np.arange(len(arrays["rewards"])), ends)
+                    episode[key] = np.concatenate([demo[group][part] for part in self.keys], 1)
+            episodes.append(episode)
+        arrays = join(episodes)
         return best_rewards(arrays, arrays["timeouts"])
 
 
@@ -476,18 +470,13 @@ class MinariEnv(gym.Wrapper):
         if path:
             with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
                 return read(file)
-        columns = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-        columns["next_observations"] = []
+        episodes = []
         for episode in self.minari.iterate_episodes():
             obs = flatten(self.minari.observation_space, episode.observations)  # (T + 1, O)
-            columns["observations"].append(obs[:-1])
-            columns["next_observations"].append(obs[1:])
-            columns["actions"].append(flatten(self.minari.action_space, episode.actions))
-            columns["rewards"].append(episode.rewards)
-            columns["terminals"].append(episode.terminations)
-            last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
-            columns["timeouts"].append(episode.truncations | last)
-        return {key: np.concatenate(parts) for key, parts in columns.items()}
+            actions = flatten(self.minari.action_space, episode.actions)
+            arrays = {"observations": obs[:-1], "next_observations": obs[1:], "actions": actions}
+            episodes.append(arrays | {"rewards": episode.rewards, "terminals": episode.terminations})
+        return join(episodes)
 
 
 def flatten(space, batch):
@@ -512,11 +501,12 @@ def make(base, dataset, ref_min_score, ref_max_score, dataset_path=None, render_
     else:
         env = base(render_mode=render_mode, **kwargs)
     if base == "Ant-v4":
-        env = PadObservation(env)
+        env = gym.wrappers.TransformObservation(env, pad, gym.spaces.Box(-np.inf, np.inf, (111,), np.float64))
     return OfflineEnv(env, dataset, ref_min_score, ref_max_score)
 
 
-def register(name, steps, **kwargs):
+def register(name, steps, base, dataset, low, high, **kwargs):
+    kwargs |= {"base": base, "dataset": dataset, "ref_min_score": low, "ref_max_score": high}
     gym.register(name, entry_point=f"{__name__}:make", max_episode_steps=steps, kwargs=kwargs)
 
 
@@ -535,8 +525,7 @@ for robot, (base, low, high) in LOCOMOTION.items():
         urls += [f"{SERVER}/gym_mujoco_v{version}/{file}-v{version}.hdf5" for version in (1, 2)]
         for version, url in enumerate(urls):
             if url is not None:
-                name = f"{robot}-{data}-v{version}"
-                register(name, 1000, base=base, dataset=url, ref_min_score=low, ref_max_score=high)
+                register(f"{robot}-{data}-v{version}", 1000, base, url, low, high)
 
 ADROIT = {  # steps, return of a random and of an expert policy
     "pen": (Pen, 100, 96.262799, 3076.8331017826877),
@@ -548,8 +537,7 @@ ADROIT_V0 = {"human": "{}-v0_demos_clipped", "cloned": "{}-demos-v0-bc-combined"
 for task, (base, steps, low, high) in ADROIT.items():
     for data, file in ADROIT_V0.items():
         for version, url in enumerate([f"hand_dapg/{file.format(task)}.hdf5", f"hand_dapg_v1/{task}-{data}-v1.hdf5"]):
-            kwargs = {"dataset": f"{SERVER}/{url}", "ref_min_score": low, "ref_max_score": high}
-            register(f"{task}-{data}-v{version}", steps, base=base, **kwargs)
+            register(f"{task}-{data}-v{version}", steps, base, f"{SERVER}/{url}", low, high)
 
 KITCHEN = {  # file, and the two tasks beside microwave and kettle
     "complete": ("mini_kitchen_microwave_kettle_light_slider", "light switch", "slide cabinet"),
@@ -557,8 +545,8 @@ KITCHEN = {  # file, and the two tasks beside microwave and kettle
     "mixed": ("kitchen_microwave_kettle_bottomburner_light", "bottom burner", "light switch"),
 }
 for data, (file, *tasks) in KITCHEN.items():
-    kwargs = {"tasks": ["microwave", "kettle", *tasks], "ref_min_score": 0.0, "ref_max_score": 4.0}
-    register(f"kitchen-{data}-v0", 280, base=Kitchen, dataset=f"{SERVER}/kitchen/{file}-v0.hdf5", **kwargs)
+    tasks = ["microwave", "kettle", *tasks]
+    register(f"kitchen-{data}-v0", 280, Kitchen, f"{SERVER}/kitchen/{file}-v0.hdf5", 0.0, 4.0, tasks=tasks)
 
 ANTMAZE = {  # maze and steps, file
     "umaze": ("umaze", 700, "u-maze_noisy_multistart_False_multigoal_False_sparse"),
@@ -570,8 +558,8 @@ ANTMAZE = {  # maze and steps, file
 }
 for data, (maze, steps, file) in ANTMAZE.items():
     for version, url in [(0, f"ant_maze_new/Ant_maze_{file}"), (2, f"ant_maze_v2/Ant_maze_{file}_fixed")]:
-        kwargs = {"maze": maze, "fixed_goal": version == 0, "ref_min_score": 0.0, "ref_max_score": 1.0}
-        register(f"antmaze-{data}-v{version}", steps, base=AntMaze, dataset=f"{SERVER}/{url}.hdf5", **kwargs)
+        kwargs = {"maze": maze, "fixed_goal": version == 0}
+        register(f"antmaze-{data}-v{version}", steps, AntMaze, f"{SERVER}/{url}.hdf5", 0.0, 1.0, **kwargs)
 
 MAZE2D = {  # steps, then the return of a random and of an expert policy: sparse reward, dense reward
     "umaze": (300, (23.85, 161.86), (68.537689, 193.66285642381482)),
@@ -581,22 +569,13 @@ MAZE2D = {  # steps, then the return of a random and of an expert policy: sparse
 for maze, (steps, *returns) in MAZE2D.items():
     for reward, (low, high) in zip(("sparse", "dense"), returns, strict=True):
         name = f"maze2d-{maze}-v1" if reward == "sparse" else f"maze2d-{maze}-dense-v1"
-        kwargs = {"maze": maze, "dense": reward == "dense", "ref_min_score": low, "ref_max_score": high}
         url = f"{SERVER}/maze2d/maze2d-{maze}-{reward}-v1.hdf5"
-        register(name, steps, base=Maze2d, dataset=url, **kwargs)
+        register(name, steps, Maze2d, url, low, high, maze=maze, dense=reward == "dense")
 
 # The diagnosis experiment of SAQ (Luo et al., 2023, Sec. 4.3): one start, three demonstrations. The paper does not
 # name its start cell; (1, 1) is the corner opposite to the goal.
-register(
-    "maze2d-large-demos-v1",
-    800,
-    base=Maze2d,
-    maze="large",
-    start=(1, 1),
-    dataset=DEMOS / "maze2d-large-demos-v1.hdf5",
-    ref_min_score=6.7,
-    ref_max_score=273.99,
-)
+demos = DEMOS / "maze2d-large-demos-v1.hdf5"
+register("maze2d-large-demos-v1", 800, Maze2d, demos, 6.7, 273.99, maze="large", start=(1, 1))
 
 ROBOMIMIC = {  # robosuite's name, and robomimic's horizons for demonstrations of one and of several operators
     "lift": ("Lift", 400, 500),
@@ -609,7 +588,6 @@ for name, (task, *horizons) in ROBOMIMIC.items():
     for data, steps in zip(("ph", "mh"), horizons, strict=True):
         if steps:
             url = f"{ROBOMIMIC_SERVER}/{name.replace('-', '_')}/{data}/low_dim_v141.hdf5"
-            kwargs = {"task": task, "dataset_path": None, "ref_min_score": 0.0, "ref_max_score": 1.0}
-            register(f"{name}-{data}", steps, base=Robomimic, dataset=url, **kwargs)
+            register(f"{name}-{data}", steps, Robomimic, url, 0.0, 1.0, task=task, dataset_path=None)
 
 gym.register("minari-v0", entry_point=f"{__name__}:MinariEnv", kwargs={"dataset_id": None})

@@ -320,7 +320,7 @@ def load_arrays(path, env):
         with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
             return {key: file[key][()] for key in COLUMNS if key in file}
     except Exception as error:  # h5py and numpy raise a dozen types over a missing or damaged file
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = f"{'no ' * isinstance(error, KeyError)}{' '.join(str(error).split())}".rstrip(".")
         raise UserError(
             f"the dataset {path or 'of this task'} cannot be read: {reason or type(error).__name__}."
         ) from None
