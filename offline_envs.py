@@ -20,7 +20,7 @@ This module is a Gymnasium plugin, which Gymnasium loads by its name:
 | minari-v0, with `dataset_id="D4RL/door/human-v2"`    | what a Minari dataset recovers                           |
 
 Datasets are read from ~/.d4rl/datasets (or $D4RL_DATASET_DIR) and downloaded there once. `get_dataset(path)` reads
-any other file. URLs and reference scores are those of D4RL 1.1 (Fu et al., 2020, arXiv:2004.07219).
+any other file. D4RL's URLs and reference scores are those of version 1.1 (Fu et al., 2020, arXiv:2004.07219).
 """
 
 import contextlib
@@ -60,7 +60,7 @@ TIMEOUT = 30  # seconds without a byte, after which a download counts as broken
 DEMOS = Path(__file__).parent / "demos"
 
 # D4RL's names carry the version of the *dataset*; Gymnasium would advise "hopper-expert-v2" in place of v0.
-warnings.filterwarnings("ignore", message=r".*The environment .*-v\d is out of date.*")
+warnings.filterwarnings("ignore", message=r".*The environment \w+-[\w-]+-v\d is out of date.*")
 
 
 # --- Datasets and scores ---
@@ -69,13 +69,13 @@ warnings.filterwarnings("ignore", message=r".*The environment .*-v\d is out of d
 class OfflineEnv(gym.Wrapper):
     """An environment that knows its dataset and its reference scores.
 
-    `dataset` is the URL of an HDF5 file, or the path of one that ships with this module. `ref_min_score` and
-    `ref_max_score` are the returns of a random and of an expert policy: D4RL's 0 and 1.
+    `dataset` is the URL of an HDF5 file, or the path of one that ships with this module; the file in `path` is used in
+    its place. `ref_min_score` and `ref_max_score` are the returns of a random and of an expert policy: D4RL's 0 and 1.
     """
 
-    def __init__(self, env, dataset, ref_min_score, ref_max_score):
+    def __init__(self, env, dataset, ref_min_score, ref_max_score, path=None):
         super().__init__(env)
-        self.dataset, self.ref_min_score, self.ref_max_score = dataset, ref_min_score, ref_max_score
+        self.dataset, self.path, self.ref_min_score, self.ref_max_score = dataset, path, ref_min_score, ref_max_score
 
     def get_normalized_score(self, episode_return):
         """0 for D4RL's random policy, 1 for its expert. The tables of papers print 100 times this number."""
@@ -83,26 +83,27 @@ class OfflineEnv(gym.Wrapper):
 
     def provenance(self, h5path=None):
         """What a score over the data in `h5path`, by default the task's own, may be compared with: one sentence."""
-        suite = "robomimic" if str(self.dataset).startswith(ROBOMIMIC_SERVER) else "D4RL"
-        official = isinstance(self.dataset, str) and Path(h5path or self.dataset).name == Path(self.dataset).name
+        suite, path = "robomimic" if isinstance(self.env, Robomimic) else "D4RL", h5path or self.dataset_filepath
+        official = isinstance(self.dataset, str) and Path(path).as_posix().endswith(file_name(self.dataset))
         data = f"are {suite}'s" if official else f"are not {suite}'s, so do not compare with {suite}'s tables"
         return f"Score: 0 at a return of {self.ref_min_score:g}, 100 at {self.ref_max_score:g}; the data {data}."
 
     @property
     def dataset_filepath(self):
         """Where the dataset lies, or will lie once downloaded."""
-        return local_path(self.dataset)
+        return self.path or local_path(self.dataset)
 
     def get_dataset(self, h5path=None):
         """Returns a dict of arrays: `observations (N, O)`, `actions (N, A)`, `rewards (N,)`, `terminals (N,)`, and
         `timeouts (N,)` and `next_observations (N, O)` where the file has them. Reads the task's own file, downloaded if
-        need be, or another .hdf5 or .npz file. Raises OSError with one sentence where it cannot be had or read."""
-        path, mask = split_mask(h5path or fetch(self.dataset))
+        need be, or another .hdf5 or .npz file. Raises OSError with one sentence where the task's own cannot be had or
+        is damaged; of another file, whatever h5py and NumPy raise, and ValueError where its parts do not fit."""
+        path, mask = split_mask(h5path or self.path or fetch(self.dataset))
         try:
             with np.load(path) if path.suffix == ".npz" else h5py.File(path) as file:
                 return getattr(self.env, "read", read)(file, mask)
         except OSError as error:
-            if h5path:
+            if path != local_path(self.dataset) or type(error) is not OSError:  # not there, or not permitted
                 raise
             raise OSError(f"{path} is damaged ({error}): delete it to download it again.") from error
 
@@ -112,12 +113,25 @@ def read(file, mask=None):
     if mask:
         raise ValueError(f"it has no mask {mask}: only robomimic's files have masks")
     keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-    return {key: file[key][()] for key in keys if key in file}
+    arrays = {key: file[key][()] for key in keys if key in file}
+    for key in {"rewards", "terminals", "timeouts"} & set(arrays):
+        arrays[key] = arrays[key].reshape(len(arrays[key]), -1)[:, 0] if arrays[key].size else arrays[key]
+    return same_length(arrays)
+
+
+def same_length(arrays):
+    lengths = {key: len(array) for key, array in arrays.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"its columns have different lengths, or none: {lengths}")
+    return arrays
 
 
 def join(episodes):
     """Arrays (N, ...) from a list of episodes, each a dict of arrays (T, ...); a timeout in the last row of each."""
-    arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
+    if not episodes:
+        raise ValueError("it has no episodes")
+    keys = set.intersection(*(set(same_length(episode)) for episode in episodes))
+    arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in keys}
     ends = np.cumsum([len(episode["rewards"]) for episode in episodes]) - 1
     return arrays | {"timeouts": np.isin(np.arange(ends[-1] + 1), ends)}
 
@@ -129,19 +143,22 @@ def best_rewards(arrays, ends):
     return arrays | {"returns": np.maximum.reduceat(arrays["rewards"], first)}
 
 
+def file_name(url):
+    """D4RL tells its files apart by name, robomimic by folder."""
+    return url.removeprefix(f"{ROBOMIMIC_SERVER}/") if url.startswith(ROBOMIMIC_SERVER) else url.rsplit("/", 1)[-1]
+
+
 def local_path(dataset):
     """Where the file of a URL lies in the cache, or will lie. A file that ships with this module stays where it is."""
     if isinstance(dataset, Path):
         return dataset
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    name = dataset.removeprefix(f"{ROBOMIMIC_SERVER}/")  # robomimic tells its files apart by folder, D4RL by name
-    return folder / (name if name != dataset else dataset.rsplit("/", 1)[-1])
+    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / file_name(dataset)
 
 
 def split_mask(path):
     """A path and, where it ends in ".hdf5:NAME", the name of a subset of robomimic's demonstrations."""
-    path, _, mask = str(path).partition(".hdf5:")
-    return (Path(f"{path}.hdf5"), mask) if mask else (Path(path), None)
+    name, _, mask = str(path).partition(".hdf5:")
+    return (Path(f"{name}.hdf5"), mask) if mask else (Path(path), None)
 
 
 def fetch(dataset):
@@ -164,11 +181,11 @@ def download(url, path):
             return download_part(url, path).replace(path)
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {error.reason}"
-            break  # the server has answered: asking again is of no use
+            if error.code < 500:  # the server will not answer otherwise next time
+                break
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
-    by_hand = f"Try again to go on, or download it by hand and put it at {path}, or pass --dataset-path."
-    raise OSError(f"{url} could not be downloaded ({reason}). {by_hand}")
+    raise OSError(f"{url} could not be downloaded ({reason}): try again, put it at {path}, or pass --dataset-path.")
 
 
 def download_part(url, path):
@@ -375,26 +392,19 @@ class Robomimic(gym.Env):
         try:
             import robosuite
         except ImportError as error:
-            how = "pip install -r requirements-robomimic.txt"
-            raise gym.error.DependencyNotInstalled(f"robosuite is needed ({error}): {how}") from error
-        try:
-            with h5py.File(split_mask(path)[0]) as file:
-                env_args = json.loads(file["data"].attrs["env_args"])
-        except (OSError, KeyError, ValueError) as error:
-            raise gym.error.Error(f"{path} has no env_args in robomimic's layout: {error}") from error
-        if env_args.get("env_name") != task:
-            raise gym.error.Error(f"{path} is of the task {env_args.get('env_name')}, not {task}")
+            raise ImportError(f"pip install -r requirements-robomimic.txt first: {error}") from error
+        with h5py.File(split_mask(path)[0]) as file:
+            env_args = json.loads(file["data"].attrs["env_args"])
+        if env_args["env_name"] != task:
+            raise gym.error.Error(f"{path} is of the task {env_args['env_name']}, not {task}")
         headless = dict(has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, camera_depths=False)
         sparse = dict(use_object_obs=True, reward_shaping=False, ignore_done=True)
-        try:
-            self.robosuite = robosuite.make(task, **env_args["env_kwargs"] | headless | sparse)
-        except Exception as error:  # files of other versions of robosuite describe other environments
-            raise gym.error.Error(
-                f"robosuite {robosuite.__version__} cannot make what {path} says: {error!r}"
-            ) from error
+        before = np.random.get_state()  # robosuite draws from NumPy's global generator
+        self.robosuite = robosuite.make(task, **env_args["env_kwargs"] | headless | sparse)
+        np.random.set_state(before)
         arms = [robot.robot_model.naming_prefix for robot in self.robosuite.robots]
         self.keys = [arm + part for arm in arms for part in ("eef_pos", "eef_quat", "gripper_qpos")] + ["object"]
-        size = len(self.observe(self.robosuite.reset()))
+        size = len(self.observe(self.robosuite.observation_spec()))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
         self.action_space = gym.spaces.Box(-1, 1, (self.robosuite.action_dim,), np.float32)
 
@@ -403,7 +413,7 @@ class Robomimic(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        before = np.random.get_state()  # robosuite draws from NumPy's global generator
+        before = np.random.get_state()
         np.random.seed(self.np_random.integers(2**32))
         observed = self.robosuite.reset()
         np.random.set_state(before)
@@ -423,13 +433,16 @@ class Robomimic(gym.Env):
             raise ValueError(f"it has no mask {mask}, but {', '.join(file.get('mask', ())) or 'none'}")
         names = [name.decode() for name in file["mask"][mask]] if mask else list(file["data"])
         episodes = []
-        for name in sorted(names, key=lambda name: int(name.rsplit("_", 1)[1])):
-            demo = file["data"][name]
-            episode = {"actions": demo["actions"], "rewards": demo["rewards"], "terminals": demo["dones"]}
-            for key, group in [("observations", "obs"), ("next_observations", "next_obs")]:
-                if group in demo:
-                    episode[key] = np.concatenate([demo[group][part] for part in self.keys], 1)
-            episodes.append(episode)
+        for name in sorted(names, key=lambda name: (len(name), name)):  # demo_2 before demo_10
+            try:
+                demo = file["data"][name]
+                episode = {"actions": demo["actions"], "rewards": demo["rewards"], "terminals": demo["dones"]}
+                for key, group in [("observations", "obs"), ("next_observations", "next_obs")]:
+                    if group in demo:
+                        episode[key] = np.concatenate([demo[group][part] for part in self.keys], 1)
+                episodes.append(same_length(episode))
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{name} is not complete: {error}") from error
         arrays = join(episodes)
         return best_rewards(arrays, arrays["timeouts"])
 
@@ -437,52 +450,46 @@ class Robomimic(gym.Env):
 # --- Minari ---
 
 
-class MinariEnv(gym.Wrapper):
+class MinariEnv(OfflineEnv):
     """The environment that a Minari dataset recovers, its observations flattened, and the dataset in D4RL's layout.
-    Datasets are found in ~/.minari (or $MINARI_DATASETS_PATH) or downloaded by Minari."""
+    Datasets are found in ~/.minari/datasets (or $MINARI_DATASETS_PATH) or downloaded by Minari."""
 
     def __init__(self, dataset_id, render_mode=None):
-        try:
-            import minari
+        import minari
 
-            self.minari = minari.load_dataset(dataset_id, download=True)
-            env = self.minari.recover_environment(eval_env=True, render_mode=render_mode)
-        except Exception as error:  # of Minari, its server, the file and the environment
-            reason = " ".join(str(error).split())[:200]
-            raise gym.error.Error(f"Minari cannot load {dataset_id}: {reason or type(error).__name__}") from error
-        if not isinstance(env.observation_space, gym.spaces.Box):
+        self.minari = minari.load_dataset(dataset_id, download=True)
+        env = self.minari.recover_environment(eval_env=True, **({"render_mode": render_mode} if render_mode else {}))
+        self.space, metadata = env.observation_space, self.minari.storage.metadata
+        if not isinstance(self.space, gym.spaces.Box):
             env = gym.wrappers.FlattenObservation(env)
-        super().__init__(env)
-        metadata = self.minari.storage.metadata
-        self.low, self.high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        if self.high is not None:  # without references there is no such method, and a score is the return
-            self.get_normalized_score = lambda value: (value - self.low) / (self.high - self.low)
+        self.has_references = metadata.get("ref_max_score", 0) != metadata.get("ref_min_score", 0)
+        references = (metadata["ref_min_score"], metadata["ref_max_score"]) if self.has_references else (0.0, 100.0)
+        super().__init__(env, Path(self.minari.spec.data_path), *references)
 
     def provenance(self, path=None):
-        return f"Score: 0 at a return of {self.low:g}, 100 at {self.high:g}, by Minari; these are not D4RL's numbers."
-
-    @property
-    def dataset_filepath(self):
-        return self.minari.spec.data_path
+        data = "of another file than Minari's" if path else "Minari's"
+        if not self.has_references:
+            return f"The score is the return itself, Minari has no references of this dataset; the data are {data}."
+        scores = f"0 at a return of {self.ref_min_score:g}, 100 at {self.ref_max_score:g}"
+        return f"Score: {scores}, by Minari's references, which are not D4RL's numbers; the data are {data}."
 
     def get_dataset(self, path=None):
         """All episodes, or the arrays of another file in D4RL's layout."""
         if path:
-            with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
-                return read(file)
+            return super().get_dataset(path)
         episodes = []
         for episode in self.minari.iterate_episodes():
-            obs = flatten(self.minari.observation_space, episode.observations)  # (T + 1, O)
-            actions = flatten(self.minari.action_space, episode.actions)
-            arrays = {"observations": obs[:-1], "next_observations": obs[1:], "actions": actions}
+            obs = flatten(self.space, episode.observations)  # (T + 1, O)
+            arrays = {"observations": obs[:-1], "next_observations": obs[1:], "actions": episode.actions}
             episodes.append(arrays | {"rewards": episode.rewards, "terminals": episode.terminations})
         return join(episodes)
 
 
 def flatten(space, batch):
-    """What gym.spaces.flatten makes of each of a batch of samples of Boxes, nested in Dicts or not: (B, ...)."""
+    """What gym.spaces.flatten makes of each of a batch of samples of a Box, or of Boxes in a Dict: (B, ...)."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(part, batch[key]) for key, part in space.spaces.items()], 1)
+    assert isinstance(space, gym.spaces.Box), f"observations of {space} cannot be flattened"
     return np.asarray(batch).reshape(len(batch), -1)
 
 
@@ -490,8 +497,8 @@ def flatten(space, batch):
 
 
 def make(base, dataset, ref_min_score, ref_max_score, dataset_path=None, render_mode=None, **kwargs):
-    """The entry point behind every name: the environment `base` with its dataset and reference scores. Only robomimic's
-    environments depend on a dataset: on the one in `dataset_path`, or else on their own."""
+    """The entry point behind every name: the environment `base` with its dataset, or the file in `dataset_path`, and
+    reference scores. Robomimic's environments are made as their dataset says."""
     if base is Robomimic:
         kwargs["path"] = dataset_path or fetch(dataset)
     if isinstance(base, str):
@@ -502,7 +509,7 @@ def make(base, dataset, ref_min_score, ref_max_score, dataset_path=None, render_
         env = base(render_mode=render_mode, **kwargs)
     if base == "Ant-v4":
         env = gym.wrappers.TransformObservation(env, pad, gym.spaces.Box(-np.inf, np.inf, (111,), np.float64))
-    return OfflineEnv(env, dataset, ref_min_score, ref_max_score)
+    return OfflineEnv(env, dataset, ref_min_score, ref_max_score, dataset_path)
 
 
 def register(name, steps, base, dataset, low, high, **kwargs):
@@ -588,6 +595,6 @@ for name, (task, *horizons) in ROBOMIMIC.items():
     for data, steps in zip(("ph", "mh"), horizons, strict=True):
         if steps:
             url = f"{ROBOMIMIC_SERVER}/{name.replace('-', '_')}/{data}/low_dim_v141.hdf5"
-            register(f"{name}-{data}", steps, Robomimic, url, 0.0, 1.0, task=task, dataset_path=None)
+            register(f"{name}-{data}", steps, Robomimic, url, 0.0, 1.0, task=task)
 
 gym.register("minari-v0", entry_point=f"{__name__}:MinariEnv", kwargs={"dataset_id": None})

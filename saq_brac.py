@@ -8,7 +8,7 @@ continuous actions that takes a density model and samples; over the K codes of a
     python saq_brac.py --env hopper-medium-v2 --no-compare        # a D4RL name; downloads the dataset once
     python saq_brac.py --env Pendulum-v1 --dataset-path mine.npz  # your own data in D4RL's layout
 
-Needs vqvae.py next to it; offline_envs.py too for D4RL's names.
+Needs vqvae.py next to it; offline_envs.py too for the names of D4RL, robomimic and Minari.
 """
 
 import copy
@@ -48,8 +48,8 @@ SCRIPT = Path(__file__).stem
 @dataclass
 class Args:
     # --- Task and data ---
-    env: str = "maze2d-large-demos-v1"  # a D4RL name of offline_envs.py, any Gymnasium id, or "none": no evaluation
-    dataset_path: str | None = None  # an .hdf5 or .npz file in D4RL's layout, in place of the task's own dataset
+    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
+    dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     # --- The run ---
     seed: int = 0  # seed of networks, batches and evaluation
     compare: bool = True  # train the continuous twin after SAQ, on the same data

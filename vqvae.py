@@ -220,6 +220,12 @@ class UserError(Exception):
     """Something that the user of a script can mend. The message is one sentence: what is wrong and what to do."""
 
 
+def one_line(error):
+    """What an exception of a library says, without its line breaks and full stop."""
+    words = " ".join(str(error).split()).rstrip(".")[:300]
+    return f"no {words}" if isinstance(error, KeyError) else words or type(error).__name__
+
+
 LIMITS = {
     "steps vq_steps num_codes batch_size log_every eval_every eval_episodes final_episodes": (1, math.inf),
     "target_every cql_samples": (1, math.inf),
@@ -265,16 +271,19 @@ def make_env(name, dataset_path=None):
         missing = f" (offline_envs.py: {error})"
     env_id, kwargs = name.removeprefix("offline_envs:"), {}
     known = gym.registry.get(env_id)
-    if known and "dataset_path" in known.kwargs:  # robomimic's environments are made as a dataset says
+    if known and known.entry_point == "offline_envs:make":  # robomimic's environments are made as a dataset says
         kwargs = {"dataset_path": dataset_path}
     if not known and "/" in name and ":" not in name:
         env_id, kwargs = "minari-v0", {"dataset_id": name}
     try:
         env = gym.make(env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(f"there is no environment {name}: {str(error).rstrip('.')}{missing}.") from error
+    except Exception as error:  # of Gymnasium, or of whatever the environment needs
+        raise UserError(f"{name} cannot be made: {one_line(error)}{missing}.") from error
     box, flat = env.action_space, len(env.observation_space.shape or ()) == 1
-    if not (flat and isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()):
+    bounded = (
+        isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded() and (box.low < box.high).all()
+    )
+    if not (flat and bounded):
         raise UserError(f"{name} must have flat Box spaces for its observations and actions, the latter bounded.")
     return env
 
@@ -283,7 +292,7 @@ def scoring(env, path):
     """The function from returns to scores, and a sentence that says what such a score may be compared with."""
     if env is None:
         return float, "No environment: training runs, evaluation is skipped."
-    if not env.has_wrapper_attr("get_normalized_score"):
+    if not env.has_wrapper_attr("provenance"):
         return float, "The score is the return itself."
     normalized = env.get_wrapper_attr("get_normalized_score")
     return lambda value: 100 * normalized(value), env.get_wrapper_attr("provenance")(path)
@@ -320,10 +329,7 @@ def load_arrays(path, env):
         with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
             return {key: file[key][()] for key in COLUMNS if key in file}
     except Exception as error:  # h5py and numpy raise a dozen types over a missing or damaged file
-        reason = f"{'no ' * isinstance(error, KeyError)}{' '.join(str(error).split())}".rstrip(".")
-        raise UserError(
-            f"the dataset {path or 'of this task'} cannot be read: {reason or type(error).__name__}."
-        ) from None
+        raise UserError(f"the dataset {path or 'of this task'} cannot be read: {one_line(error)}.") from None
 
 
 def check_arrays(arrays, env):
@@ -354,7 +360,7 @@ def check_arrays(arrays, env):
         if (size,) != space.shape:
             raise UserError(f"the dataset's {key} have size {size}, those of {env.spec.id} {space.shape[0]}.")
     if env and not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
-        low, high = env.action_space.low, env.action_space.high
+        low, high = env.action_space.low.astype(np.float32), env.action_space.high.astype(np.float32)
         checked["actions"] = 2 * (checked["actions"] - low) / (high - low) - 1  # make_eval_envs rescales them back
     return checked
 

@@ -4,8 +4,10 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def from_pypi(requirement, member, config):
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), requirement]
             if subprocess.run(command, capture_output=True).returncode:
                 pytest.skip(f"{requirement} cannot be had from PyPI")
-            (archive,) = folder.glob(f"{requirement.split('==')[0]}*")
+            (archive,) = (file for file in folder.glob(f"{requirement.split('==')[0]}*") if file.is_file())
             with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as packed:
                 packed.extract(member, folder)
             archive.unlink()
@@ -66,3 +68,56 @@ def ant(monkeypatch, pytestconfig):
     if importlib.util.find_spec("d4rl") is None:
         file = from_pypi("d4rl==1.1", "d4rl/locomotion/assets/ant.xml", pytestconfig)
         monkeypatch.syspath_prepend(str(file.parents[3]))
+
+
+# --- Minari ---
+
+
+class Unsorted(gym.Env):
+    """An environment whose dictionary of observations is not in the order of its keys."""
+
+    def __init__(self):
+        sizes = OrderedDict(z=2, a=1)
+        self.observation_space = gym.spaces.Dict(
+            OrderedDict((key, gym.spaces.Box(0, 9, (size,), np.float32)) for key, size in sizes.items())
+        )
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return OrderedDict(z=np.full(2, 2, np.float32), a=np.full(1, 1, np.float32)), {}
+
+    def step(self, action):
+        return self.reset()[0], 0.0, False, False, {}
+
+
+MAKE_MINARI = """
+import sys
+import gymnasium as gym, gymnasium_robotics, minari, numpy as np
+from minari.data_collector import EpisodeBuffer
+env_id, name, low, high = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
+gym.register_envs(gymnasium_robotics)
+gym.register("Unsorted-v0", entry_point="conftest:Unsorted")
+env, episodes = gym.make(env_id, max_episode_steps=20), []
+env.action_space.seed(0)
+for seed in range(3):
+    obs, rows = [env.reset(seed=seed)[0]], []
+    while not (rows and (rows[-1][2] or rows[-1][3])):
+        action = env.action_space.sample()
+        observation, *rest, _ = env.step(action)
+        obs.append(observation)
+        rows.append((action, *rest))
+    obs = {key: np.stack([o[key] for o in obs]) for key in obs[0]} if isinstance(obs[0], dict) else np.stack(obs)
+    actions, rewards, terminations, truncations = map(np.array, zip(*rows))
+    kwargs = dict(actions=actions, rewards=rewards, terminations=terminations, truncations=truncations)
+    episodes.append(EpisodeBuffer(id=seed, observations=obs, **kwargs))
+references = {} if np.isnan(low) else dict(ref_min_score=low, ref_max_score=high)
+minari.create_dataset_from_buffers(name, episodes, env=env, **references)
+"""
+
+
+def make_minari(folder, *arguments):
+    environment = {**os.environ, "MINARI_DATASETS_PATH": str(folder)}
+    command = [sys.executable, "-W", "ignore", "-c", MAKE_MINARI, *arguments]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT / "tests", capture_output=True)
+    return environment

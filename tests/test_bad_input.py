@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import dataset, run_script
 
 from saq_cql import Args
-from vqvae import UserError, check_arguments, load_arrays, make_transitions, scale_rewards
+from vqvae import UserError, check_arguments, load_arrays, make_env, make_transitions, scale_rewards
 
 TINY = [
     "--vq-steps",
@@ -138,7 +139,42 @@ def test_an_unreadable_file_ends_the_script(tmp_path):
 
 
 def test_unknown_environment():
-    assert "there is no environment hoper-expert-v2" in one_sentence(run_script("--env", "hoper-expert-v2"))
+    assert "hoper-expert-v2 cannot be made: Environment `hoper-expert` doesn't exist" in one_sentence(
+        run_script("--env", "hoper-expert-v2")
+    )
+
+
+def test_names_that_no_environment_can_have():
+    for name in (":", "a:b:c", "no_such_module:X-v0", "Hopper-v2", ""):
+        with pytest.raises(UserError, match="cannot be made") as error:
+            make_env(name)
+        assert "\n" not in str(error.value)
+
+
+class Odd(gym.Env):
+    """An environment with actions in bounds of another type and size, or one that cannot start."""
+
+    def __init__(self, low=-2.0, high=2.0, broken=False):
+        if broken:
+            raise RuntimeError("no display\nanywhere")
+        self.observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+        self.action_space = gym.spaces.Box(low, high, (1,), np.float64)
+
+
+def test_odd_environments():
+    gym.register("Odd-v0", entry_point=Odd)
+    with pytest.raises(UserError, match="Odd-v0 must have flat Box spaces"):
+        make_env_of(low=1.0, high=1.0)
+    with pytest.raises(UserError, match="Odd-v0 cannot be made: no display anywhere"):
+        make_env_of(broken=True)
+    data, _ = make_transitions(dataset(), make_env_of(), torch.device("cpu"))
+    assert data.actions.dtype == torch.float32
+    torch.testing.assert_close(data.actions[:99], torch.as_tensor(dataset()["actions"][:99]) / 2)
+
+
+def make_env_of(**kwargs):
+    gym.registry["Odd-v0"].kwargs = kwargs
+    return make_env("Odd-v0")
 
 
 def test_environment_without_a_dataset():

@@ -2,8 +2,6 @@
 
 import http.server
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, dataset, from_pypi, run_script
+from conftest import SHARED_DATA, dataset, from_pypi, make_minari, run_script
 from gymnasium.utils.env_checker import check_env
 
 from vqvae import UserError, find_ends, load_arrays, make_env, make_transitions, scoring
@@ -62,6 +60,17 @@ def test_which_transitions_are_kept():
     alive = data.terminals == 0
     np.testing.assert_array_equal(data.next_obs[alive], arrays["observations"][[1, 2, 4, 5, 7, 8]])
     np.testing.assert_allclose(returns, arrays["rewards"].reshape(3, 3).sum(1), rtol=1e-6)
+
+
+def test_columns_of_one_number_and_of_unequal_lengths(tmp_path):
+    """D4RL reads rewards and flags of shape (N, 1) too."""
+    env = make_env("kitchen-mixed-v0")
+    arrays = dataset(obs_dim=60, action_dim=9)
+    columns = arrays | {key: arrays[key][:, None] for key in ("rewards", "terminals", "timeouts")}
+    for key, array in load_arrays(write(tmp_path / "k.hdf5", columns), env).items():
+        assert key == "returns" or np.array_equal(array, arrays[key])
+    with pytest.raises(UserError, match="different lengths"):
+        load_arrays(write(tmp_path / "l.hdf5", arrays | {"rewards": arrays["rewards"][:-1]}), env)
 
 
 def test_kitchen_terminals_end_demonstrations(tmp_path):
@@ -188,6 +197,8 @@ def test_robomimic_masks(tmp_path):
     assert len(arrays["rewards"]) == 5
     with pytest.raises(ValueError, match="no mask best, but better"):
         reader().get_dataset(f"{path}:best")
+    with pytest.raises(FileNotFoundError, match="low_dim_v141.hdf5:"):
+        reader().get_dataset(f"{path}:")
     with pytest.raises(UserError, match="only robomimic's files have masks"):
         load_arrays(f"{write(tmp_path / 'd.hdf5', dataset())}:best", make_env("hopper-expert-v2"))
 
@@ -244,8 +255,29 @@ def test_robomimics_own_test_file(pytestconfig):
 def test_a_file_of_another_task(tmp_path):
     with pytest.raises(UserError, match="is of the task Lift, not ToolHang"):
         make_env("tool-hang-ph", demonstrations(tmp_path / "lift.hdf5"))
-    with pytest.raises(UserError, match="no env_args in robomimic's layout"):
+    with pytest.raises(UserError, match="lift-ph cannot be made: no .*object 'data' doesn't exist"):
         make_env("lift-ph", write(tmp_path / "d.hdf5", dataset()))
+    with pytest.raises(UserError, match="lift-ph cannot be made") as error:
+        make_env("lift-ph", str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_incomplete_demonstrations_are_named(tmp_path):
+    path = demonstrations(tmp_path / "low_dim_v141.hdf5")
+    with h5py.File(path, "a") as file:
+        actions = file["data/demo_2/actions"][()]
+        del file["data/demo_2/actions"]
+        file["data/demo_2/actions"] = actions[:-1]
+    with pytest.raises(ValueError, match="demo_2 is not complete: its columns have different lengths"):
+        reader().get_dataset(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_2/obs/object"]
+    with pytest.raises(ValueError, match="demo_2 is not complete: .*'object' doesn't exist"):
+        reader().get_dataset(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_2"], file["data/demo_10"]
+    with pytest.raises(ValueError, match="it has no episodes"):
+        reader().get_dataset(path)
 
 
 def test_robomimic_names_and_horizons():
@@ -298,36 +330,6 @@ def test_lift_in_gymnasium(tmp_path):
 
 # --- Minari ---
 
-MAKE_MINARI = """
-import sys
-import gymnasium as gym, gymnasium_robotics, minari, numpy as np
-from minari.data_collector import EpisodeBuffer
-env_id, name, low, high = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
-gym.register_envs(gymnasium_robotics)
-env, episodes = gym.make(env_id, max_episode_steps=20), []
-env.action_space.seed(0)
-for seed in range(3):
-    obs, rows = [env.reset(seed=seed)[0]], []
-    while not (rows and (rows[-1][2] or rows[-1][3])):
-        action = env.action_space.sample()
-        observation, *rest, _ = env.step(action)
-        obs.append(observation)
-        rows.append((action, *rest))
-    obs = {key: np.stack([o[key] for o in obs]) for key in obs[0]} if isinstance(obs[0], dict) else np.stack(obs)
-    actions, rewards, terminations, truncations = map(np.array, zip(*rows))
-    kwargs = dict(actions=actions, rewards=rewards, terminations=terminations, truncations=truncations)
-    episodes.append(EpisodeBuffer(id=seed, observations=obs, **kwargs))
-references = {} if np.isnan(low) else dict(ref_min_score=low, ref_max_score=high)
-minari.create_dataset_from_buffers(name, episodes, env=env, **references)
-"""
-
-
-def make_minari(folder, *arguments):
-    environment = {**os.environ, "MINARI_DATASETS_PATH": str(folder)}
-    command = [sys.executable, "-W", "ignore", "-c", MAKE_MINARI, *arguments]
-    subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True)
-    return environment
-
 
 def test_a_minari_dataset_trains_and_is_scored(tmp_path):
     environment = make_minari(tmp_path / "minari", "Pendulum-v1", "tests/pendulum/random-v0", "-1500", "-150")
@@ -336,7 +338,7 @@ def test_a_minari_dataset_trains_and_is_scored(tmp_path):
     process = run_script(*options.split(), "--out", tmp_path / "runs", env=environment)
     assert process.returncode == 0, process.stderr
     assert "60 transitions, 3 episodes" in process.stdout
-    assert "0 at a return of -1500, 100 at -150, by Minari; these are not D4RL's numbers" in process.stdout
+    assert "0 at a return of -1500, 100 at -150, by Minari's references, which are not D4RL's" in process.stdout
     result = json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())["saq_cql"]
     assert result["score"] == pytest.approx(100 * (result["return"] + 1500) / 1350)
 
@@ -362,10 +364,19 @@ def test_minari_observations_are_flattened_and_its_flags_kept(tmp_path, monkeypa
     assert "return itself" in sentence
 
 
+def test_minari_flattens_data_as_its_environment(tmp_path, monkeypatch):
+    """Even where the environment's dictionary is not in the order of its keys, which is the stored one's."""
+    make_minari(tmp_path, "Unsorted-v0", "tests/unsorted-v0", "nan", "nan")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = make_env("tests/unsorted-v0")
+    np.testing.assert_array_equal(env.reset(seed=0)[0], [2, 2, 1])
+    np.testing.assert_array_equal(load_arrays(None, env)["observations"][0], [2, 2, 1])
+
+
 def test_a_minari_dataset_that_is_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setenv("MINARI_REMOTE", "gcp://no-such-bucket")
-    with pytest.raises(UserError, match="Minari cannot load nobody/nothing-v0") as error:
+    with pytest.raises(UserError, match="nobody/nothing-v0 cannot be made") as error:
         make_env("nobody/nothing-v0")
     assert "\n" not in str(error.value)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import runpy
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED_DATA
+from conftest import ROOT, SHARED_DATA, from_pypi
 from gymnasium.utils.env_checker import check_env
 
 from vqvae import make_env
@@ -43,30 +44,20 @@ def test_every_d4rl_name_of_the_covered_families():
         assert name in gym.registry, name
 
 
-@pytest.mark.parametrize(
-    ("name", "low", "high", "file"),
-    [
-        ("hopper-expert-v2", -20.272305, 3234.3, "hopper_expert-v2.hdf5"),
-        ("halfcheetah-medium-replay-v0", -280.178953, 12135.0, "halfcheetah_mixed.hdf5"),
-        ("walker2d-medium-replay-v0", 1.629008, 4592.3, "walker_mixed.hdf5"),
-        ("ant-medium-expert-v1", -325.6, 3879.7, "ant_medium_expert-v1.hdf5"),
-        ("door-human-v0", -56.512833, 2880.5693087298737, "door-v0_demos_clipped.hdf5"),
-        ("pen-cloned-v0", 96.262799, 3076.8331017826877, "pen-demos-v0-bc-combined.hdf5"),
-        ("hammer-expert-v1", -274.856578, 12794.134825156867, "hammer-expert-v1.hdf5"),
-        ("relocate-expert-v0", -6.425911, 4233.877797728884, "relocate-v0_expert_clipped.hdf5"),
-        ("kitchen-complete-v0", 0.0, 4.0, "mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
-        ("kitchen-mixed-v0", 0.0, 4.0, "kitchen_microwave_kettle_bottomburner_light-v0.hdf5"),
-        ("maze2d-umaze-v1", 23.85, 161.86, "maze2d-umaze-sparse-v1.hdf5"),
-        ("maze2d-medium-v1", 13.13, 277.39, "maze2d-medium-sparse-v1.hdf5"),
-        ("maze2d-large-v1", 6.7, 273.99, "maze2d-large-sparse-v1.hdf5"),
-    ],
-)
-def test_scores_and_file_names(name, low, high, file):
-    env = make(name)
-    score = env.get_wrapper_attr("get_normalized_score")
-    assert score(low) == pytest.approx(0)
-    assert score(high) == pytest.approx(1)
-    assert env.get_wrapper_attr("dataset_filepath").name == file
+def test_scores_and_urls_are_d4rls(pytestconfig):
+    """Against the tables in D4RL's own package, for every name that it has."""
+    make("hopper-expert-v2")
+    infos = runpy.run_path(str(from_pypi("d4rl==1.1", "d4rl/infos.py", pytestconfig)))
+    ours = {name: spec.kwargs for name, spec in gym.registry.items() if spec.entry_point == "offline_envs:make"}
+    common = set(ours) & set(infos["DATASET_URLS"])
+    assert len(common) == 113
+    for name in common:
+        assert ours[name]["dataset"] == infos["DATASET_URLS"][name]
+        assert ours[name]["ref_min_score"] == infos["REF_MIN_SCORE"][name]
+        assert ours[name]["ref_max_score"] == infos["REF_MAX_SCORE"][name]
+    env = make("door-human-v0")
+    assert env.get_wrapper_attr("get_normalized_score")(2880.5693087298737) == 1
+    assert env.get_wrapper_attr("dataset_filepath").name == "door-v0_demos_clipped.hdf5"
 
 
 FAMILIES = ["hopper-medium-v2", "walker2d-expert-v1", "ant-medium-v2", "pen-human-v1", "door-human-v1"]
@@ -364,7 +355,7 @@ def test_door_demonstrations_replay():
         env.set_env_state({key: value[episode] for key, value in states.items()})
         replayed.append(sum(env.step(action)[1] for action in actions[first : last + 1]))
         first = last + 1
-    assert np.mean(replayed) == pytest.approx(rewards.sum() / len(ends), rel=0.02)
+    assert np.mean(replayed) == pytest.approx(rewards.sum() / len(ends), rel=0.005)  # the library's: 0.011
 
 
 # --- Physics ---
@@ -389,7 +380,7 @@ def test_physics_has_not_changed(name, request):
     """Against rollouts that `python tests/test_envs.py` stored with the pinned versions."""
     if name.startswith("antmaze"):
         request.getfixturevalue("ant")
-    if name == "lift-ph" and not SHARED_DATA.exists():
+    if name == "lift-ph" and not (SHARED_DATA / "lift_ph_10demos.hdf5").exists():
         pytest.skip("robomimic's demonstrations are not here")
     with np.load(ROLLOUTS) as stored:
         for part, values in zip(("obs", "rewards"), rollout(name), strict=True):
