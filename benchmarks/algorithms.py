@@ -85,7 +85,8 @@ def run(task, script, seed, options):
 
 
 def show(table):
-    """The Markdown table: mean over seeds of the mean over the last five evaluations, and its standard error."""
+    """The Markdown table: mean over seeds of the mean over the last five evaluations and, where there is more than one
+    seed, its standard error."""
     scores = {}
     for row in read(table):
         scores.setdefault((row["task"], row["agent"]), []).append(float(row["last_5_mean"]))
@@ -94,8 +95,8 @@ def show(table):
         cells = []
         for agent in AGENTS:
             values = scores.get((task, agent), [])
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-            cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}" if values else "")
+            error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{error}" if values else "")
         print(f"| {task} | " + " | ".join(cells) + " |")
 
 

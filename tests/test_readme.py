@@ -108,7 +108,7 @@ def test_the_table_of_algorithms(tmp_path):
     assert (tmp_path / "t.csv").read_text() == written
     row = second.stdout.splitlines()[-1]
     assert row.startswith("| maze2d-large-demos-v1 | ")
-    assert row.count("±") == 9
+    assert all(cell.strip() for cell in row.split("|")[1:-1])
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results/algorithms.csv").exists(), reason="no table was committed yet")
