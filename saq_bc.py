@@ -83,7 +83,7 @@ class Args:
 
 
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
-# command line wins over the row. The paper prints no hyperparameters; what it says of the authors is from their code.
+# command line wins over the row. The paper prints no hyperparameters, and cloning has few.
 HPARAMS = {
     "maze2d-large-demos": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "antmaze": dict(eval_episodes=100),
@@ -200,7 +200,6 @@ class DeterministicBC(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args = args
         self.actor = mlp(obs_dim, action_dim, hidden=(256, 256))
         self.optimizer = adam(self.actor.parameters(), args.lr)
 
@@ -239,9 +238,9 @@ class GaussianBC(nn.Module):
 
     def loss(self, batch):
         mean, log_std = self.distribution(batch.obs)
-        raw = batch.actions.clamp(-0.999, 0.999).atanh()  # tanh never reaches 1: the authors clip here too
-        log_prob = -0.5 * ((raw - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - (1 - raw.tanh().square()).log()  # change of variables
+        actions = batch.actions.clamp(-0.999, 0.999)  # tanh never reaches 1: the authors clip here too
+        log_prob = -0.5 * ((actions.atanh() - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - (1 - actions.square()).log()  # change of variables
         loss = -log_prob.sum(-1).mean()
         return loss, {"loss": loss}
 

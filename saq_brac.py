@@ -85,7 +85,7 @@ class Args:
     polyak: float = 0.005  # rate at which target networks follow
     # --- SAQ-BRAC ---
     alpha: float = 1.0  # weight of the policy's entropy (Eq. 6); at alpha = beta the policy's two terms are -beta KL
-    prior_floor: float = -8.0  # log-probability below which a code the data never take is not pushed
+    prior_floor: float = -8.0  # log p(k | s) counts as at least this: Q can still choose a rare code
     literal: bool = False  # the value of Eq. 3 to the letter, which rewards log p(k | s) instead of subtracting the KL
     actor_free: bool = False  # the policy that maximises Eq. 6, computed: no policy network
     weight_decay: float = 1e-3  # AdamW's weight decay of the Q networks

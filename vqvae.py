@@ -252,8 +252,8 @@ def check_arguments(args, begun=None):
         raise UserError("--track needs Weights & Biases here: pip install wandb.")
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
-    free = {"steps", "act", "track", "compile", "resume", "eval_only", "eval_every", "eval_episodes", "final_episodes"}
-    free |= {"log_every"} | ({"device"} if args.eval_only else set())
+    later = {"steps", "track", "compile", "eval_every", "final_episodes", "log_every"}  # what going on may change
+    free = {"act", "eval_episodes", "resume", "eval_only"} | ({"device"} if args.eval_only else later)
     for name, value in vars(args).items() if begun else ():
         if name not in free and value != (before := getattr(begun, name)):
             raise UserError(f"this run has begun with {name} {before}: leave out --{name.replace('_', '-')}.")

@@ -251,6 +251,13 @@ def test_what_a_resumed_run_may_not_change(flag):
         check_arguments(dataclasses.replace(begun, **dict([flag])), begun)
 
 
+@pytest.mark.parametrize("flag", [("steps", 9), ("final_episodes", 9), ("seed", 9)])
+def test_what_an_evaluation_would_ignore(flag):
+    check_arguments(dataclasses.replace(Args(), eval_only="r", eval_episodes=9, act="sample"), Args())
+    with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave out --{flag[0].replace('_', '-')}"):
+        check_arguments(dataclasses.replace(Args(), eval_only="r", **dict([flag])), Args())
+
+
 @pytest.mark.parametrize(
     "field",
     [("steps", 0), ("final_episodes", 0), ("target_every", 0), ("lr", -1.0), ("discount", 1.1), ("seed", -1)],
