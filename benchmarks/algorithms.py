@@ -80,7 +80,7 @@ def run(task, script, seed, options):
             rows.append([task, agent, seed, *(round(score, 2) for score in scores), " ".join(shown)])
             print(f"{task:30}{agent:12} seed {seed}: {scores[0]:7.1f} +- {scores[1]:.1f}", flush=True)
     with open(options.table, "a", newline="") as table:
-        csv.writer(table).writerows(rows)
+        csv.writer(table, lineterminator="\n").writerows(rows)
     return True
 
 
