@@ -70,8 +70,7 @@ class OfflineEnv(gym.Wrapper):
     """An environment that knows its dataset and its reference scores.
 
     `dataset` is the URL of an HDF5 file, or the path of one that ships with this module; the file in `path` is used in
-    its place. `ref_min_score` and `ref_max_score` are the returns of a random and of an expert policy: D4RL's 0 and 1.
-    """
+    its place. `ref_min_score`, `ref_max_score`: the returns of a random and of an expert policy, D4RL's 0 and 1."""
 
     def __init__(self, env, dataset, ref_min_score, ref_max_score, path=None):
         super().__init__(env)
@@ -84,7 +83,7 @@ class OfflineEnv(gym.Wrapper):
     def provenance(self, h5path=None):
         """What a score over the data in `h5path`, by default the task's own, may be compared with: one sentence."""
         suite, path = "robomimic" if isinstance(self.env, Robomimic) else "D4RL", h5path or self.dataset_filepath
-        official = isinstance(self.dataset, str) and Path(path).as_posix().endswith(file_name(self.dataset))
+        official = isinstance(self.dataset, str) and f"/{path}".endswith(f"/{file_name(self.dataset)}")
         data = f"are {suite}'s" if official else f"are not {suite}'s, so do not compare with {suite}'s tables"
         return f"Score: 0 at a return of {self.ref_min_score:g}, 100 at {self.ref_max_score:g}; the data {data}."
 
@@ -109,7 +108,7 @@ class OfflineEnv(gym.Wrapper):
 
 
 def read(file, mask=None):
-    """The arrays of D4RL's layout in an open file. `mask` names demonstrations, which this layout does not do."""
+    """The arrays of D4RL's layout in an open file. ValueError for a `mask`, which only robomimic's files have."""
     if mask:
         raise ValueError(f"it has no mask {mask}: only robomimic's files have masks")
     keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
@@ -120,6 +119,7 @@ def read(file, mask=None):
 
 
 def same_length(arrays):
+    """The arrays as they are. Raises ValueError where they have different lengths, or none."""
     lengths = {key: len(array) for key, array in arrays.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(f"its columns have different lengths, or none: {lengths}")

@@ -188,7 +188,7 @@ class DiscreteBC(nn.Module):
         return self.decode(obs, choose(self.logits(obs), self.args.act)).clamp(-1, 1)
 
     def diagnose(self, batch):
-        """The mean squared distance between what the policy does and what the data did."""
+        """The mean squared distance between what the policy does (where it samples: one draw) and what the data did."""
         return {"action_error": (self.act(batch.obs) - batch.actions).square().mean()}
 
 

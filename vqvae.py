@@ -246,6 +246,8 @@ def check_arguments(args, begun=None):
             value = getattr(args, name, low)
             if not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value:g}.")
+    if getattr(args, "actor_free", False) and args.alpha == 0:
+        raise UserError("--actor-free divides by alpha: pass an --alpha above 0.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -373,9 +375,7 @@ def find_ends(arrays, limit):
         ends = terminals | (arrays["timeouts"] > 0)
     elif limit:
         rows = np.arange(len(terminals))
-        first = np.maximum.accumulate(
-            np.where(np.roll(terminals, 1), rows, 0)
-        )  # the row where each row's episode began
+        first = np.maximum.accumulate(np.where(np.roll(terminals, 1), rows, 0))  # the row after the last terminal
         ends = terminals | ((rows - first) % limit == limit - 1)
     else:
         ends = terminals.copy()

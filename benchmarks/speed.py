@@ -252,11 +252,10 @@ def main():
         write_file(f"{folder}/data.hdf5", options.transitions)
         alone = in_new_process(read_alone, f"{folder}/data.hdf5")
         seconds, peak = in_new_process(load, f"{folder}/data.hdf5")
+    times = f"{seconds:.2f} s, {seconds / alone:.1f} times h5py alone"
     print(
-        f"loading {options.transitions:,} transitions: {seconds:.2f} s, {seconds / alone:.1f} times h5py alone; ",
-        end="",
+        f"loading {options.transitions:,} transitions: {times}; peak memory {peak:.2f} times the transitions in float32"
     )
-    print(f"peak memory {peak:.2f} times the transitions in float32")
 
 
 if __name__ == "__main__":

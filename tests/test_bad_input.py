@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import dataset, run_script
 
+from saq_brac import Args as BracArgs
 from saq_cql import Args
 from vqvae import UserError, check_arguments, load_arrays, make_env, make_transitions, scale_rewards
 
@@ -265,6 +266,12 @@ def test_what_an_evaluation_would_ignore(flag):
 def test_numbers_out_of_range(field):
     with pytest.raises(UserError, match=f"--{field[0].replace('_', '-')} must be between"):
         check_arguments(dataclasses.replace(Args(), **dict([field])))
+
+
+def test_brac_without_an_actor_needs_an_alpha():
+    check_arguments(dataclasses.replace(BracArgs(), alpha=0.0))
+    with pytest.raises(UserError, match="--actor-free divides by alpha"):
+        check_arguments(dataclasses.replace(BracArgs(), alpha=0.0, actor_free=True))
 
 
 def test_a_number_out_of_range_ends_the_script():

@@ -34,6 +34,22 @@ def without_timeouts(arrays, terminals=()):
     return arrays
 
 
+@pytest.mark.parametrize(
+    ("path", "official"),
+    [
+        (None, True),
+        ("hopper_expert-v2.hdf5", True),
+        ("data/hopper_expert-v2.hdf5", True),
+        ("data/my_hopper_expert-v2.hdf5", False),
+        ("hopper_expert-standin.hdf5", False),
+    ],
+)
+def test_whose_data_a_score_is_over(path, official):
+    sentence = make_env("hopper-expert-v2").get_wrapper_attr("provenance")(path)
+    assert ("the data are D4RL's" in sentence) == official
+    assert ("do not compare" in sentence) != official
+
+
 # --- Where episodes end ---
 
 
