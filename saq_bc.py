@@ -49,9 +49,9 @@ class Args:
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     # --- The run ---
-    seed: int = 0  # seed of networks, batches and evaluation
+    seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
-    plain: bool = False  # the authors' recipe without this script's additions (PLAIN, below)
+    plain: bool = False  # the authors' settings, without what is added here (PLAIN, below)
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
@@ -95,7 +95,7 @@ DIAGNOSIS = {"action_error": "-"}  # the series in the figure's right panel, and
 
 def parse_args():
     """A flag on the command line > the task's row of HPARAMS > Args. A resumed run starts from its own arguments."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     folder = args.resume or args.eval_only
     if folder:
         try:
@@ -110,7 +110,7 @@ def parse_args():
         row = rows.get(word, {}) | (PLAIN if args.plain else {})
         default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
         print(f"hyperparameters for {word}: {row or 'the defaults'}")
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     check_arguments(args, default if folder else None)
     auto = "on" if args.steps >= 10_000 else "off"
     return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
@@ -295,7 +295,7 @@ class Run:
             commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
             about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             self.write("args.json", json.dumps(about, indent=2).encode())
-        if args.track:
+        if args.track and not args.eval_only:
             import wandb
 
             settings = {"id": self.folder.name, "resume": "allow", "dir": self.folder, "config": vars(args)}

@@ -51,9 +51,9 @@ class Args:
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     # --- The run ---
-    seed: int = 0  # seed of networks, batches and evaluation
+    seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
-    plain: bool = False  # the authors' recipe without this script's additions (PLAIN, below)
+    plain: bool = False  # the authors' settings, without what is added here (PLAIN, below)
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
@@ -107,7 +107,7 @@ DIAGNOSIS = {"kl_exact": "-", "kl_sampled": ":"}  # the series in the figure's r
 
 def parse_args():
     """A flag on the command line > the task's row of HPARAMS > Args. A resumed run starts from its own arguments."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     folder = args.resume or args.eval_only
     if folder:
         try:
@@ -122,7 +122,7 @@ def parse_args():
         row = rows.get(word, {}) | (PLAIN if args.plain else {})
         default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
         print(f"hyperparameters for {word}: {row or 'the defaults'}")
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     check_arguments(args, default if folder else None)
     auto = "on" if args.steps >= 10_000 else "off"
     return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
@@ -199,7 +199,7 @@ class DiscreteBRAC(nn.Module):
 
     def value(self, obs):
         """V(s) (B,), Eq. 3 with the whole KL of Eq. 2: what the policy expects of Q, less beta times its divergence
-        from the prior. Without an actor and with alpha = beta it is alpha log sum_k p(k | s) exp(Q(s, k) / alpha)."""
+        from the floored prior. Without an actor, at alpha = beta: alpha log sum_k p(k | s) exp(Q(s, k) / alpha)."""
         q = torch.min(*(qf(obs) for qf in self.qf_target))  # (B, K)
         log_pi, log_prior = self.log_policy(obs, q), self.log_prior(obs)
         penalty = -log_prior if self.args.literal else log_pi - log_prior
@@ -369,7 +369,7 @@ class Run:
             commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
             about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             self.write("args.json", json.dumps(about, indent=2).encode())
-        if args.track:
+        if args.track and not args.eval_only:
             import wandb
 
             settings = {"id": self.folder.name, "resume": "allow", "dir": self.folder, "config": vars(args)}

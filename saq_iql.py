@@ -51,9 +51,9 @@ class Args:
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     # --- The run ---
-    seed: int = 0  # seed of networks, batches and evaluation
+    seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
-    plain: bool = False  # the authors' recipe without this script's additions (PLAIN, below)
+    plain: bool = False  # the authors' settings, without what is added here (PLAIN, below)
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
@@ -98,7 +98,7 @@ ROBOSUITE = dict(eval_episodes=50, final_episodes=50)
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos": dict(**MAZE, temperature=10.0, beta=0.1),  # chosen here: lambda 2 swings, beta 3 fails
-    # IQL's, ant in the same way. Lambda: on hopper's stand-in the authors' 2 swings, on halfcheetah's 2 and 10 do alike.
+    # IQL's, ant in the same way. Lambda was chosen on stand-ins: the authors' 2 swings on hopper and gains nothing.
     "hopper halfcheetah walker2d ant": dict(expectile=0.7, temperature=10.0, beta=3.0, reward_scale=0.0),
     # Authors: adroit's sweep is expectile 0.7, 0.8, 0.9 and lambda 0.5, 1, 2. IQL: beta 0.5, and dropout.
     "pen door hammer relocate": dict(expectile=0.7, temperature=1.0, beta=0.5),
@@ -107,13 +107,13 @@ HPARAMS = {
     "antmaze": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift can square tool transport": dict(expectile=0.9, beta=1.0, temperature=1.0, **ROBOSUITE),
 }
-PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="sample")
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="sample", temperature=2.0)
 DIAGNOSIS = {"value": "-"}  # the series in the figure's right panel, and their lines
 
 
 def parse_args():
     """A flag on the command line > the task's row of HPARAMS > Args. A resumed run starts from its own arguments."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     folder = args.resume or args.eval_only
     if folder:
         try:
@@ -128,7 +128,7 @@ def parse_args():
         row = rows.get(word, {}) | (PLAIN if args.plain else {})
         default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
         print(f"hyperparameters for {word}: {row or 'the defaults'}")
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     check_arguments(args, default if folder else None)
     auto = "on" if args.steps >= 10_000 else "off"
     return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
@@ -224,7 +224,7 @@ class DiscreteIQL(nn.Module):
 
     def update(self, batch):
         """A gradient step of the prior, of V, and of Q toward the new V; returns what to log. The authors train the
-        prior before the rest: where only `act` reads it, without exact_expectile, that comes to the same."""
+        prior before the rest. Only `act` reads it (and exact_expectile), so at the end that comes to the same."""
         prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
         info = minimize(prior_loss, {"prior_loss": prior_loss}, self.prior_optimizer)
         if not self.args.exact_expectile:
@@ -281,7 +281,7 @@ class Actor(nn.Module):
 
 
 class ContinuousIQL(nn.Module):
-    """IQL as its authors wrote it: the same V and Q losses with twin critics, and a policy by weighted regression."""
+    """IQL's losses in their authors' order, with twin critics and a policy by weighted regression; without dropout."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -369,7 +369,7 @@ class Run:
             commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
             about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
             self.write("args.json", json.dumps(about, indent=2).encode())
-        if args.track:
+        if args.track and not args.eval_only:
             import wandb
 
             settings = {"id": self.folder.name, "resume": "allow", "dir": self.folder, "config": vars(args)}

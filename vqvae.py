@@ -250,12 +250,14 @@ def check_arguments(args, begun=None):
         raise UserError("--actor-free divides by alpha: pass an --alpha above 0.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and not args.eval_only and importlib.util.find_spec("wandb") is None:
         raise UserError("--track needs Weights & Biases here: pip install wandb.")
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
-    later = {"steps", "track", "compile", "eval_every", "final_episodes", "log_every"}  # what going on may change
-    free = {"act", "eval_episodes", "resume", "eval_only"} | ({"device"} if args.eval_only else later)
+    free = {"act", "eval_episodes", "resume", "eval_only"}
+    # Going on with more steps starts the cosine of continuous IQL's policy anew, from where the longer one would be.
+    later = {"steps", "track", "compile", "eval_every", "final_episodes", "log_every"}
+    free |= {"device", "dataset_path", "track"} if args.eval_only else later
     for name, value in vars(args).items() if begun else ():
         if name not in free and value != (before := getattr(begun, name)):
             raise UserError(f"this run has begun with {name} {before}: leave out --{name.replace('_', '-')}.")

@@ -3,8 +3,9 @@
     python benchmarks/algorithms.py --data FOLDER
 
 Writes a line per agent and seed to benchmarks/results/algorithms.csv, with the command that made it, as soon as its run
-ends, and leaves out what the file holds already: an interrupted table goes on where it stopped. At the end (with
---show: at once) it prints means and standard errors over the seeds as a Markdown table.
+ends, and leaves out what the file holds already: an interrupted table goes on where it stopped. It does not know of
+changes to the scripts: after one, pass another --table. At the end (with --show: at once) it prints means and standard
+errors over the seeds as a Markdown table.
 """
 
 import csv
@@ -56,31 +57,35 @@ def read(table):
         return list(csv.DictReader(file))
 
 
-def run(task, script, seed, options):
-    """One run in a process of its own; appends its agents' results to the CSV. Returns whether the run succeeded."""
+def make_command(task, script, seed, options):
     file, flags = TASKS[task]
     flags = f"{flags} {BUDGET} {SCRIPT_FLAGS.get(script, '')} {options.flags}"
-    command = f"python {script}.py --env {task} --seed {seed} {flags}".split()
-    dataset = ["--dataset-path", str(options.data.resolve() / file)] if file else []
+    flags += f" --dataset-path {file}" if file else ""
+    return " ".join(f"python {script}.py --env {task} --seed {seed} {flags}".split())
+
+
+def run(task, script, seed, options):
+    """One run in a process of its own; appends its agents' results to the CSV. Returns whether the run succeeded."""
+    command, file = make_command(task, script, seed, options), TASKS[task][0]
+    words = [str(options.data.resolve() / file) if word == file else word for word in command.split()[1:]]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run(
-            [sys.executable, *command[1:], *dataset, "--out", folder],
+            [sys.executable, *words, "--out", folder],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         if process.returncode:
-            print(f"failed: {' '.join(command)}\n{process.stderr[-2000:]}", flush=True)
+            print(f"failed: {command}\n{process.stderr[-2000:]}", flush=True)
             return False
         result = json.loads(next(Path(folder).glob("*/result.json")).read_text())
-    shown = command + ([f"--dataset-path {file}"] if file else [])
     rows = []
     for agent in AGENTS:
         if agent in result:
             last = result[agent]["last_5_scores"]
             scores = [statistics.mean(last), statistics.pstdev(last), result[agent]["score"]]
-            rows.append([task, agent, seed, *(round(score, 2) for score in scores), " ".join(shown)])
+            rows.append([task, agent, seed, *(round(score, 2) for score in scores), command])
             print(f"{task:30}{agent:12} seed {seed}: {scores[0]:7.1f} +- {scores[1]:.1f}", flush=True)
     with open(options.table, "a", newline="") as table:
         csv.writer(table, lineterminator="\n").writerows(rows)
@@ -108,7 +113,7 @@ def main():
     if not options.show:
         if not options.table.exists():
             options.table.write_text(",".join(COLUMNS) + "\n")
-        done = {(row["task"], row["agent"], int(row["seed"])) for row in read(options.table)}
+        done = {(row["task"], row["agent"], int(row["seed"])): row["command"] for row in read(options.table)}
         jobs = [
             (task, script, seed, options)
             for seed in range(options.seeds)
@@ -116,6 +121,10 @@ def main():
             for script in ("saq_cql", "saq_iql", "saq_brac", "saq_bc")
             if (task, script, seed) not in done and (file is None or options.data)
         ]
+        for (task, agent, seed), command in done.items():
+            if agent.startswith("saq_") and command != make_command(task, agent, seed, options):
+                print(f"error: {options.table} is of other commands: pass another --table. {command}", file=sys.stderr)
+                sys.exit(2)
         with ThreadPoolExecutor(options.workers) as pool:
             succeeded = list(pool.map(lambda job: run(*job), jobs))
     show(options.table)

@@ -254,7 +254,8 @@ def test_what_a_resumed_run_may_not_change(flag):
 
 @pytest.mark.parametrize("flag", [("steps", 9), ("final_episodes", 9), ("seed", 9)])
 def test_what_an_evaluation_would_ignore(flag):
-    check_arguments(dataclasses.replace(Args(), eval_only="r", eval_episodes=9, act="sample"), Args())
+    moved = dict(act="sample", dataset_path="elsewhere.npz", track=False)
+    check_arguments(dataclasses.replace(Args(), eval_only="r", eval_episodes=9, **moved), Args(track=True))
     with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave out --{flag[0].replace('_', '-')}"):
         check_arguments(dataclasses.replace(Args(), eval_only="r", **dict([flag])), Args())
 

@@ -51,7 +51,9 @@ def test_commands_of_the_scripts(command, tmp_path, pytestconfig):
         assert run_script(*words, script=script).returncode == 0
         return
     if "--help" in words:
-        assert "--num-codes" in run_script("--help", script=script).stdout
+        help = " ".join(run_script("--help", "--env", "hopper-expert-v2", script=script).stdout.split())
+        assert "--alpha FLOAT" in help
+        assert "(default: 100.0)" in help  # the default of the task at hand
         return
     if "mine.npz" in words or "mine.hdf5" in words:  # stands for the reader's own file
         at = words.index("--dataset-path") + 1
@@ -101,7 +103,11 @@ def test_the_table_of_algorithms(tmp_path):
     written = (tmp_path / "t.csv").read_text()
     agents = [line.split(",")[1] for line in written.splitlines()[1:]]
     assert sorted(agents) == ["bc", "brac", "cql", "gaussian_bc", "iql", "saq_bc", "saq_brac", "saq_cql", "saq_iql"]
-    failed = run_script(*command[:-1], f"--flags={TINY} --steps 0", "--seeds", 2, script="benchmarks/algorithms.py")
+    other = run_script(*command[:-1], f"--flags={TINY} --steps 0", script="benchmarks/algorithms.py")
+    assert other.returncode == 2
+    assert "is of other commands: pass another --table" in other.stderr
+    command_that_fails = ["--seeds", 1, "--table", tmp_path / "u.csv", f"--flags={TINY} --steps 0"]
+    failed = run_script(*command_that_fails, script="benchmarks/algorithms.py")
     assert failed.returncode == 1
     assert "--steps must be between" in failed.stdout
     second = run_script(*command, script="benchmarks/algorithms.py")
