@@ -99,7 +99,7 @@ def show(table):
     for row in read(table):
         scores.setdefault((row["task"], row["agent"]), []).append(float(row["last_5_mean"]))
     print("| task | " + " | ".join(AGENTS) + " |\n" + "|---" * (len(AGENTS) + 1) + "|")
-    for task in dict.fromkeys(task for task, _ in scores):
+    for task in [task for task in TASKS if any((task, agent) in scores for agent in AGENTS)]:
         cells = []
         for agent in AGENTS:
             values = scores.get((task, agent), [])
