@@ -58,6 +58,7 @@ def read(table):
 
 
 def make_command(task, script, seed, options):
+    """The command of one run, as the table shows it: with the name of its data, not their folder."""
     file, flags = TASKS[task]
     flags = f"{flags} {BUDGET} {SCRIPT_FLAGS.get(script, '')} {options.flags}"
     flags += f" --dataset-path {file}" if file else ""

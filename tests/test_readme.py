@@ -1,7 +1,9 @@
 """Every command of the README works, shortened; what it claims about files holds."""
 
+import itertools
 import os
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -117,7 +119,25 @@ def test_the_table_of_algorithms(tmp_path):
     assert all(cell.strip() for cell in row.split("|")[1:-1])
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks/results/algorithms.csv").exists(), reason="no table was committed yet")
+def test_means_and_standard_errors(tmp_path):
+    rows = [f"hopper-medium-v2,saq_iql,{seed},{seed + 1},0,0,x" for seed in range(3)]  # 1, 2, 3: 2 +- 1 / sqrt(3)
+    (tmp_path / "t.csv").write_text("task,agent,seed,last_5_mean,last_5_std,final,command\n" + "\n".join(rows))
+    process = run_script("--show", "--table", tmp_path / "t.csv", script="benchmarks/algorithms.py")
+    assert process.stdout.splitlines()[2:] == ["| hopper-medium-v2 |  |  | 2.0 ± 0.6 |  |  |  |  |  |  |"]
+
+
+def test_the_committed_table_is_whole():
+    """Three seeds of every agent on every task, by the commands that the script runs today."""
+    module = runpy.run_path(str(ROOT / "benchmarks/algorithms.py"))
+    rows = module["read"](ROOT / "benchmarks/results/algorithms.csv")
+    runs = sorted((row["task"], row["agent"], int(row["seed"])) for row in rows)
+    assert runs == sorted(itertools.product(module["TASKS"], module["AGENTS"], range(3)))
+    for row in rows:
+        if row["agent"].startswith("saq_"):
+            run = row["task"], row["agent"], int(row["seed"])
+            assert row["command"] == module["make_command"](*run, module["Options"]())
+
+
 def test_the_committed_table_is_the_readmes():
     process = run_script("--show", script="benchmarks/algorithms.py")
     assert process.returncode == 0, process.stderr
