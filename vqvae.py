@@ -1,41 +1,146 @@
-"""The state-conditioned action quantizer of SAQ (Luo et al., "Action-Quantized Offline Reinforcement Learning for
-Robotic Skill Learning", CoRL 2023, arXiv:2310.11731): a VQ-VAE that turns each action into one of K codes.
+"""The action quantizer of SAQ: a state-conditioned VQ-VAE, which turns each action of a dataset into one of K codes.
 
-    with torch.device("cpu"):                                  # or "cuda", where obs and actions are
+Over continuous actions, what conservative offline RL needs (a sum over all actions, the distance between two policies)
+can only be estimated. But in any one state a robot's dataset does only a few things. If K codes can stand for them,
+"all actions" are K actions, and every such quantity is a sum of K terms.
+
+A VQ-VAE (van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", NeurIPS 2017,
+arXiv:1711.00937) is an autoencoder whose bottleneck can take only K values, the vectors e_1 .. e_K of a codebook:
+
+    z = encoder(s, a)              k = argmin_j ||z - e_j||^2              a' = decoder(s, e_k)
+
+    loss = ||a' - a||^2 + ||stop(e_k) - z||^2 + ||e_k - stop(z)||^2        (Eq. 8 and 11; stop: without gradient)
+
+Luo et al. ("Action-Quantized Offline Reinforcement Learning for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731)
+show the state s to encoder and decoder, so that one code means different actions in different states.
+
+    with torch.device("cpu"):                                  # or "cuda": its optimizer is made there, too
         vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
     for step, info in fit(vqvae, obs, actions, steps=20_000):  # obs (N, O), actions (N, A) in [-1, 1], float32
         ...                                                    # log info, save vqvae.state_dict(), ...
-    codes = vqvae.encode(obs, actions)                         # (N,)    which code each action became
+    codes = vqvae.encode_dataset(obs, actions)                 # (N,)    which code each action became
     actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
 
-Sizes, initialisation and loss scales are those of the authors' JAX code, which differs from the paper's equations in
-scale; `forward` says where. After the quantizer come its fit, and two things that every script here needs: tasks and
-their data, checked, and what makes a training step fast.
+In three parts: 1 the quantizer and its fit, 2 what makes a training step fast, 3 a user's data and files, checked.
+Sizes, initialisation and the scales of the losses are those of the authors' JAX code; `forward` says where the paper
+differs. Importing it takes PyTorch and NumPy; Gymnasium, h5py and Matplotlib where a function needs them.
 """
 
 import ctypes
 import importlib
-import importlib.util
+import io
+import json
 import logging
 import math
+import os
 import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
 from typing import NamedTuple
 
-import gymnasium as gym
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+# === 1. The quantizer ===
 
-class Linear(nn.Linear):
-    """nn.Linear in a form that torch.compile makes more of: it merges the bias with the ReLU, and a layer with a single
-    output with all around it, where a call of a matrix product would take longer than the product."""
 
-    def forward(self, x):
-        product = (x * self.weight).sum(-1, keepdim=True) if self.out_features == 1 else x @ self.weight.T
-        return product + self.bias
+class ActionVQVAE(nn.Module):
+    """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s).
+
+    obs_dim, action_dim: O and A. num_codes: K. code_dim: D, the length of a codebook vector. action_only: the paper's
+    ablation (Table 3), in which every network sees zeros in place of the state. lr: learning rate of Adam.
+
+    The prior is a by-product, a cloned policy that passes no gradient to the rest. The agents that need one train their
+    own, on codes that no longer change while they learn; saq_bc.py can take this one instead.
+    """
+
+    def __init__(self, obs_dim, action_dim, num_codes=64, code_dim=128, hidden=(512, 512), action_only=False, lr=3e-4):
+        super().__init__()
+        self.num_codes, self.action_only, self.lr = num_codes, action_only, lr
+        self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
+        self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
+        self.prior = mlp(obs_dim, num_codes, hidden)
+        # Flax's variance scaling reads fan_in = K off the codebook's shape (K, D), so its scale depends on K, not on D.
+        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim).uniform_(-1, 1) * (3 / num_codes) ** 0.5)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.optimizer = adamw(self.parameters(), lr)
+
+    def embed(self, obs, actions):
+        """Encoder outputs z (B, D)."""
+        return self.encoder(torch.cat([self.condition(obs), actions], -1))
+
+    def nearest(self, z):
+        """Index of the nearest code (B,): argmin_k ||z - e_k||^2, leaving out the ||z||^2 that all codes share."""
+        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(-1)
+
+    @torch.no_grad()
+    def encode(self, obs, actions):
+        """obs (B, O), actions (B, A) -> codes (B,), int64. A whole dataset goes to `encode_dataset`."""
+        return self.nearest(self.embed(obs, actions))
+
+    def decode(self, obs, codes):
+        """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
+        return self.decoder(torch.cat([self.condition(obs), self.codebook[codes]], -1))
+
+    def prior_logits(self, obs):
+        """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
+        return self.prior(self.condition(obs))
+
+    def condition(self, obs):
+        return torch.zeros_like(obs) if self.action_only else obs
+
+    def forward(self, obs, actions):
+        """The training loss, Eq. 8 and 11, at the scales of the authors' code: the reconstruction error is summed over
+        the A action dimensions, the two terms of the codebook are averaged over its D dimensions."""
+        z = self.embed(obs, actions)  # (B, D)
+        codes = self.nearest(z)  # (B,)
+        # As a product with one-hot rows, not by indexing as in `decode`: its gradient is a product, too, which is fast.
+        e = F.one_hot(codes, self.num_codes).to(z.dtype) @ self.codebook  # (B, D)
+        # Straight-through: the decoder reads e, its gradient goes to z as if nothing had been rounded.
+        z_q = z + (e - z).detach()
+        reconstruction = self.decoder(torch.cat([self.condition(obs), z_q], -1))  # (B, A)
+        reconstruction_loss = (reconstruction - actions).square().sum(-1).mean()
+        # Draws encoder outputs to their codes, at weight 1 as in the authors' code; VQ-VAE's own weight is 0.25.
+        commitment_loss = (e.detach() - z).square().mean()
+        codebook_loss = (e - z.detach()).square().mean()  # draws codes to their encoder outputs
+        # The prior is a network of its own: trained at the same time, on targets that do not pass gradients back.
+        prior_loss = F.cross_entropy(self.prior_logits(obs), codes)
+        loss = reconstruction_loss + commitment_loss + codebook_loss + prior_loss
+        info = {
+            "loss": loss,
+            "reconstruction_loss": reconstruction_loss,
+            "commitment_loss": commitment_loss,
+            "codebook_loss": codebook_loss,
+            "prior_loss": prior_loss,
+        }
+        return loss, info
+
+    def update(self, obs, actions):
+        """One gradient step on obs (B, O), actions (B, A); returns what to log."""
+        return minimize(*self(obs, actions), self.optimizer)
+
+    @torch.no_grad()
+    def encode_dataset(self, obs, actions, chunk=4096):
+        """`encode` for any number of rows, in chunks that fit in memory."""
+        codes = [self.encode(o, a) for o, a in zip(obs.split(chunk), actions.split(chunk), strict=True)]
+        return torch.cat(codes)
+
+    def set_units(self, obs):
+        """Lets `normalize` measure observations in the mean and standard deviation of obs (N, O), column by column.
+        Both are buffers: they are saved and loaded with the quantizer."""
+        std, mean = torch.std_mean(obs.double(), 0, correction=0)
+        constant = std <= 1e-6 * (1 + mean.abs())  # a column without a unit of its own keeps its scale
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std.where(~constant, torch.ones_like(std)))
+
+    def normalize(self, obs):
+        """obs (B, O) as an environment shows them -> (B, O) as networks see them; unchanged before `set_units`."""
+        return (obs - self.obs_mean) / self.obs_std
 
 
 def mlp(in_dim, out_dim, hidden=(512, 512)):
@@ -53,89 +158,16 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
     return nn.Sequential(*layers[:-1])
 
 
-class ActionVQVAE(nn.Module):
-    """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s), which
-    the other networks do not use: it is a by-product, a cloned policy.
-
-    `action_only` is the paper's ablation (Table 3): every network sees zeros in place of the state.
-    """
-
-    def __init__(self, obs_dim, action_dim, num_codes=64, code_dim=128, hidden=(512, 512), action_only=False, lr=3e-4):
-        super().__init__()
-        self.num_codes, self.action_only, self.lr = num_codes, action_only, lr
-        self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
-        self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
-        self.prior = mlp(obs_dim, num_codes, hidden)
-        # Flax's variance scaling reads fan_in = K off the codebook's shape (K, D), so its scale depends on K, not on D.
-        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim).uniform_(-1, 1) * (3 / num_codes) ** 0.5)
-        self.optimizer = adam(self.parameters(), lr)
-
-    def embed(self, obs, actions):
-        """Encoder outputs z (B, D)."""
-        return self.encoder(torch.cat([self.condition(obs), actions], -1))
-
-    def nearest(self, z):
-        """Index of the nearest code (B,): argmin_k ||z - e_k||^2, leaving out the ||z||^2 that all codes share."""
-        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(-1)
-
-    def encode(self, obs, actions):
-        """obs (B, O), actions (B, A) -> codes (B,), int64."""
-        return self.nearest(self.embed(obs, actions))
-
-    def decode(self, obs, codes):
-        """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
-        return self.decoder(torch.cat([self.condition(obs), self.codebook[codes]], -1))
-
-    def prior_logits(self, obs):
-        """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
-        return self.prior(self.condition(obs))
-
-    def condition(self, obs):
-        return torch.zeros_like(obs) if self.action_only else obs
-
-    def forward(self, obs, actions):
-        """The training loss, Eq. 8 and 11 of the paper at the scales of the authors' code: the reconstruction error is
-        summed over action dimensions, the two codebook terms are averaged over the D code dimensions."""
-        z = self.embed(obs, actions)  # (B, D)
-        codes = self.nearest(z)  # (B,)
-        e = F.one_hot(codes, self.num_codes).to(z.dtype) @ self.codebook  # (B, D)
-        # Straight-through: the decoder reads e, its gradient goes to z as if nothing had been rounded.
-        z_q = z + (e - z).detach()
-        reconstruction = self.decoder(torch.cat([self.condition(obs), z_q], -1))  # (B, A)
-        reconstruction_loss = (reconstruction - actions).square().sum(-1).mean()
-        commitment_loss = (e.detach() - z).square().mean()  # draws encoder outputs to their codes
-        codebook_loss = (e - z.detach()).square().mean()  # draws codes to their encoder outputs
-        # The prior is a network of its own: trained at the same time, on targets that do not pass gradients back.
-        prior_loss = F.cross_entropy(self.prior_logits(obs), codes)
-        loss = reconstruction_loss + commitment_loss + codebook_loss + prior_loss
-        info = {
-            "loss": loss,
-            "reconstruction_loss": reconstruction_loss,
-            "commitment_loss": commitment_loss,
-            "codebook_loss": codebook_loss,
-            "prior_loss": prior_loss,
-        }
-        return loss, info
-
-    def update(self, obs, actions):
-        """One gradient step on obs (B, O), actions (B, A)."""
-        return minimize(*self(obs, actions), self.optimizer)
-
-    @torch.no_grad()
-    def encode_dataset(self, obs, actions, chunk=4096):
-        """`encode` for any number of rows, in chunks that fit in memory."""
-        return torch.cat([self.encode(*rows) for rows in zip(obs.split(chunk), actions.split(chunk), strict=True)])
-
-
-# --- The fit and its codebook's health ---
+# --- Its fit ---
 
 
 def fit(
-    vqvae, obs, actions, steps, batch_size=256, start=0, compile=False, decay=True, revive_every=100, kmeans_init=False
+    vqvae, obs, actions, steps, batch_size=256, start=0, compile="off", decay=True, revive_every=100, kmeans_init=False
 ):
     """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
     after each step, for the caller to log, save or stop.
 
+    compile: as in `accelerate`.
     decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
     revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0 for the plain fit.
     kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random.
@@ -147,7 +179,7 @@ def fit(
 
     if kmeans_init and start == 0:
         init_codebook(vqvae, *sample(4096))
-    update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile)
+    update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile, steps)
     for step in range(start + 1, steps + 1):
         if decay:
             decay_lr(vqvae.optimizer, vqvae.lr, step, steps)
@@ -179,19 +211,6 @@ def init_codebook(vqvae, obs, actions, iterations=10):
         vqvae.codebook.copy_(torch.where(count > 0, members.T @ z / count.clamp(min=1), vqvae.codebook))
 
 
-def describe_health(health):
-    """`codebook_health` in words, loud where the codebook is mostly dead."""
-    errors = " ".join(f"{value:.4f}" for name, value in health.items() if name.startswith("reconstruction_error_a"))
-    words = f"codebook: {health['used']:.0%} of the codes used, perplexity {health['perplexity']:.1f}, "
-    words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
-    if health["used"] < 0.5:
-        words += (
-            "\nWARNING: MOST CODES ARE DEAD. Revive them (--revive-every 100), start from k-means (--kmeans-init), "
-        )
-        words += "or ask for fewer (--num-codes)."
-    return words
-
-
 @torch.no_grad()
 def codebook_health(vqvae, obs, actions):
     """How well the codes serve obs (N, O), actions (N, A). Returns a dict of floats:
@@ -213,7 +232,210 @@ def codebook_health(vqvae, obs, actions):
     return health | {f"reconstruction_error_a{i}": e for i, e in enumerate(error.tolist())}
 
 
-# --- Tasks and their data ---
+def describe_health(health):
+    """`codebook_health` in words, loud where the codebook is mostly dead."""
+    errors = " ".join(f"{value:.4f}" for name, value in health.items() if name.startswith("reconstruction_error_a"))
+    words = f"codebook: {health['used']:.0%} of the codes used, perplexity {health['perplexity']:.1f}, "
+    words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
+    if health["used"] < 0.5:
+        words += "\nWARNING: MOST CODES ARE DEAD. Revive them (revive_every above 0), start from k-means "
+        words += "(kmeans_init), or ask for fewer (num_codes)."
+    return words
+
+
+@torch.no_grad()
+def plot_codes(vqvae, obs, actions, states=6):
+    """A Matplotlib figure of what every code means in a handful of states, evenly spaced in obs (N, O): arrows where
+    actions (N, A) are two-dimensional, otherwise the value of each action dimension. A code has the same colour in all
+    states, and is the fainter the less the data use it there, by the prior; black is what the data did."""
+    from matplotlib.figure import Figure
+
+    rows = torch.linspace(0, len(obs) - 1, states, device=obs.device).long()
+    codes = torch.arange(vqvae.num_codes, device=obs.device)
+    figure = Figure(figsize=(2 * states, 2.6), layout="constrained")
+    figure.suptitle("What the codes mean in six states of the data: a code is a colour, black is the data's own action")
+    for axes, o, action in zip(figure.subplots(1, states), obs[rows], actions[rows].cpu(), strict=True):
+        decoded = vqvae.decode(o.expand(vqvae.num_codes, -1), codes).clamp(-1, 1).cpu()  # (K, A)
+        usual = vqvae.prior_logits(o).softmax(0).cpu()
+        faded = (0.1 + 0.9 * usual / usual.max()).tolist()
+        for k in usual.argsort().tolist():
+            style = {"color": f"C{k % 10}", "alpha": faded[k]}
+            if len(action) == 2:
+                axes.annotate("", decoded[k], (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 2, **style})
+            else:
+                axes.plot(decoded[k], "_", markersize=12, markeredgewidth=2, **style)
+        axes.plot(*(([action[0]], [action[1]]) if len(action) == 2 else (action,)), "k.")
+        axes.set(xlim=(-1.1, 1.1) if len(action) == 2 else None, ylim=(-1.1, 1.1))
+    return figure
+
+
+# === 2. What makes a training step fast ===
+
+
+class Linear(nn.Linear):
+    """nn.Linear in a form that torch.compile makes more of: it merges the bias with the ReLU, and a layer with a single
+    output with all around it, where a call of a matrix product would take longer than the product."""
+
+    def forward(self, x):
+        product = (x * self.weight).sum(-1, keepdim=True) if self.out_features == 1 else x @ self.weight.T
+        return product + self.bias
+
+
+def adamw(parameters, lr, weight_decay=0.0):
+    """AdamW (without weight decay: Adam) in its fused form. Its learning rate is a tensor, so that a captured CUDA
+    graph sees it change; `capturable` lets that graph hold the step, and changes nothing elsewhere."""
+    parameters = list(parameters)
+    lr = torch.tensor(lr, device=parameters[0].device)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=True)
+
+
+def minimize(loss, info, *optimizers):
+    """loss.backward(), optimizer.step(), optimizer.zero_grad(), for the parameters of `optimizers` alone: what else
+    `loss` has passed through (a critic, say, in a policy's loss) gets no gradient. Returns `info` for logging."""
+    info = {name: value.detach() for name, value in info.items()}
+    loss.backward(inputs=[p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]])
+    apply_gradients(*optimizers)
+    return info
+
+
+@torch.compiler.disable  # torch.compile ends its graph here: tracing into an optimizer makes the step slower
+def apply_gradients(*optimizers):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group["lr"].device != (device := group["params"][0].device):
+                raise UserError(f"moved to {device} after it was made: make it there, inside `with torch.device`.")
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def decay_lr(optimizer, lr, step, steps):
+    """Sets the learning rate of step `step`, a number or a tensor, on a cosine from `lr` to 0."""
+    step = torch.as_tensor(step, dtype=torch.float64)
+    for group in optimizer.param_groups:
+        group["lr"].copy_(lr * (1 + torch.cos(math.pi * step / steps)) / 2)
+
+
+@torch.no_grad()
+def polyak_update(target, network, rate):
+    """target <- (1 - rate) target + rate network. The rate is a number, or a tensor () that changes from step to step:
+    1 copies the network, 0 leaves the target alone."""
+    for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
+        slow.lerp_(fast, rate)
+
+
+def accelerate(update, device, compile="off", steps=0):
+    """Returns a function that does what `update` does, faster. `update` takes nothing and returns a dict of tensors.
+
+    CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph.
+    CPU: `compile` "on" merges everything between the matrix products with torch.compile, backward pass included. That
+    needs a C++ compiler; without one it says so and `update` runs as it is. It takes half a minute before the first
+    step, so "auto" leaves it out where there are fewer than 10,000 `steps`.
+    """
+    if device.type == "cuda":
+        return with_cuda_graph(update)
+    if compile == "on" or (compile == "auto" and steps >= 10_000):
+        update = with_compile(update)
+    return with_a_word_when_slow(update)
+
+
+def with_compile(update):
+    compiled = None
+
+    def step():
+        nonlocal compiled
+        try:
+            if compiled is None:
+                torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
+                torch._dynamo.config.nested_graph_breaks = True  # so does the sampling that comes before
+                torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
+                options = {"pattern_matcher": False, "fallback_random": True, "cpp_wrapper": True}
+                compiled = torch.compile(update, options=options)
+            return compiled()
+        except Exception as error:
+            if compiled is update:
+                raise
+            print(f"torch.compile failed, training goes on without it. {type(error).__name__}: {error}"[:300])
+            compiled = update
+            return update()
+
+    return step
+
+
+def with_cuda_graph(update):
+    graph, stream, calls, info = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+
+    def step():
+        nonlocal calls, info
+        calls += 1
+        if calls <= 3:  # a few ordinary steps first, on a stream of their own, as CUDA graphs ask for
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                info = update()
+            torch.cuda.current_stream().wait_stream(stream)
+            return info
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                info = update()
+        graph.replay()
+        return info
+
+    return step
+
+
+def with_a_word_when_slow(update, block=100, seconds=20.0, times=10.0):
+    """Says once when `block` updates take `times` as long as the fastest ones did, and at least so many seconds: on a
+    machine shared with other work, the threads of one product wait for each other longer than they work."""
+    fastest, begin, calls, said = math.inf, time.perf_counter(), 0, False
+
+    def step():
+        nonlocal fastest, begin, calls, said
+        if calls % block == 0:
+            begin = time.perf_counter()
+        info = update()
+        calls += 1
+        if calls % block == 0:
+            took = time.perf_counter() - begin
+            fastest = min(fastest, took)
+            if took > max(seconds, times * fastest) and not said:
+                said = True
+                print(
+                    f"\nwarning: a step takes {took / fastest:.0f} times as long as the fastest ones did. Where other ",
+                    end="",
+                )
+                print(
+                    "programs share the processor, fewer threads are faster: stop, then resume with OMP_NUM_THREADS=1."
+                )
+        return info
+
+    return step
+
+
+def prepare(device):
+    """The torch.device of a name, "cpu" or "cuda", ready for training. Raises UserError where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no CUDA device here: choose device cpu.")
+    if device == "cpu":
+        tune_cpu()
+    return torch.device(device)
+
+
+def tune_cpu():
+    """Two settings that make a step on the CPU up to twice as fast; results change by float32 rounding at most.
+
+    oneDNN runs float32 matrix products, on AMD processors about twice as fast as MKL. "medium" also permits bfloat16,
+    which processors with AMX then use; so the precision is tried out and the setting taken back where it is not enough.
+    glibc keeps freed memory instead of giving every large tensor back to the system and faulting it in page by page."""
+    x = torch.rand(256, 256)
+    torch.set_float32_matmul_precision("medium")
+    if (x @ x - x.double() @ x.double()).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision("highest")
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+# === 3. A user's data and files, checked ===
 
 
 class UserError(Exception):
@@ -226,41 +448,105 @@ def one_line(error):
     return f"no {words}" if isinstance(error, KeyError) else words or type(error).__name__
 
 
-LIMITS = {
-    "steps vq_steps num_codes batch_size log_every eval_every eval_episodes final_episodes": (1, math.inf),
-    "target_every cql_samples": (1, math.inf),
-    "lr weight_decay reward_scale revive_every alpha beta cql_alpha": (0, math.inf),
-    "discount average polyak": (0, 1),
-    "expectile": (0.001, 0.999),
-    "temperature": (1e-6, math.inf),
-    "prior_floor": (-math.inf, 0),
-    "seed": (0, 2**32 - 1),
-}
+def write_file(path, content):
+    """Writes `content` (a text, a dict as JSON, or what a function puts into an open file) to `path`: first under another
+    name, so that neither an interruption nor a full disk leaves half a file or takes the one that was there."""
+    buffer = io.BytesIO()  # on a full disk torch.save itself would raise a RuntimeError that says nothing
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=2, default=float, allow_nan=False)
+    content(buffer) if callable(content) else buffer.write(content.encode())
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # a power cut may not swap the rename and the writing
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def check_arguments(args, begun=None):
-    """Raises UserError for arguments that cannot be: numbers out of range, a missing device and, where a run has begun
-    with arguments `begun`, any change that its checkpoint could not follow."""
-    for names, (low, high) in LIMITS.items():
-        for name in names.split():
-            value = getattr(args, name, low)
-            if not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value:g}.")
-    if getattr(args, "actor_free", False) and args.alpha == 0:
-        raise UserError("--actor-free divides by alpha: pass an --alpha above 0.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch sees no CUDA device here: pass --device cpu.")
-    if args.track and not args.eval_only and importlib.util.find_spec("wandb") is None:
-        raise UserError("--track needs Weights & Biases here: pip install wandb.")
-    if args.resume and args.eval_only:
-        raise UserError("--resume and --eval-only exclude each other: pass one of them.")
-    free = {"act", "eval_episodes", "resume", "eval_only"}
-    # Going on with more steps starts the cosine of continuous IQL's policy anew, from where the longer one would be.
-    later = {"steps", "track", "compile", "eval_every", "final_episodes", "log_every"}
-    free |= {"device", "dataset_path", "track"} if args.eval_only else later
-    for name, value in vars(args).items() if begun else ():
-        if name not in free and value != (before := getattr(begun, name)):
-            raise UserError(f"this run has begun with {name} {before}: leave out --{name.replace('_', '-')}.")
+def read_checkpoint(path, like, device="cpu", parts=None):
+    """What torch.save wrote to `path`: a dict with the keys of `like` and values of their types. The state of each of
+    `parts`, modules and optimizers by name, is loaded from its "parts". Nothing in the file is executed. Raises
+    UserError where it is missing, foreign, damaged in any byte, or holds numbers that are not finite."""
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
+            raise ValueError(f"{damaged} in it is damaged")
+        state = torch.load(path, weights_only=True, map_location=device)
+        for key, value in like.items():
+            if type(state.get(key)) is not type(value):
+                raise ValueError(f"its {key} are missing, or of another kind")
+        for name, part in (parts or {}).items():
+            for value in state["parts"][name].values():
+                if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                    raise ValueError(f"{name} in it holds numbers that are not finite")
+            part.load_state_dict(state["parts"][name])
+    except Exception as error:  # of a dozen types
+        raise UserError(f"{path} cannot be used: {one_line(error)}.") from None
+    return state
+
+
+def with_optimizers(learners):
+    """The modules of a dict by name, and beside them the optimizers among their attributes, as "name.attribute"."""
+    found = dict(learners)
+    for name, learner in learners.items():
+        optimizers = {key: value for key, value in vars(learner).items() if isinstance(value, torch.optim.Optimizer)}
+        found |= {f"{name}.{key}": optimizer for key, optimizer in optimizers.items()}
+    return found
+
+
+def lock(folder):
+    """A lock on `folder`, held as long as the returned object lives. Raises UserError where another process has it."""
+    from filelock import FileLock, Timeout
+
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another process is training in {folder}: wait for it, or stop it.") from None
+    return held
+
+
+def make_tracker(folder, config):
+    """A function that logs a dict of numbers to Weights & Biases, in a run that is called like `folder`. Whatever goes
+    wrong there is said once; training goes on without it."""
+    failed = False
+
+    def track(values):
+        nonlocal failed
+        try:
+            if not failed:
+                import wandb
+
+                if wandb.run is None:
+                    settings = wandb.Settings(init_timeout=20)
+                    options = {"id": folder.resolve().name, "resume": "allow", "dir": folder, "config": config}
+                    wandb.init(project="saq", settings=settings, **options)
+                    wandb.define_metric("*", step_metric="step")
+                wandb.log(values)
+        except Exception as error:
+            failed = True
+            print(f"\nwarning: not logged to Weights & Biases: {one_line(error)}.")
+
+    return track
+
+
+def check_numbers(arguments, limits):
+    """Raises UserError where one of `arguments`, a dict, is a float that is not finite, or lies outside the bounds that
+    `limits` has for its name: {"names of arguments": (low, high)}, both included."""
+    bounds = {name: pair for names, pair in limits.items() for name in names.split()}
+    for name, value in arguments.items():
+        low, high = bounds.get(name, (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"{name} must be a number between {low:g} and {high:g}, not {value:g}.")
+
+
+def check_unchanged(arguments, begun, free):
+    """Raises UserError where one of `arguments`, a dict, is not what a run has `begun` with, unless `free` names it."""
+    for name, value in arguments.items():
+        if name not in free and value != begun[name]:
+            raise UserError(f"this run has begun with {name} {begun[name]}: leave {name} out.")
 
 
 def make_env(name, dataset_path=None):
@@ -268,6 +554,8 @@ def make_env(name, dataset_path=None):
     dataset; None for "none". Its `spec` makes more of them."""
     if name == "none":
         return None
+    import gymnasium as gym
+
     try:
         importlib.import_module("offline_envs")  # a plugin: registers its names with Gymnasium
         missing = ""
@@ -284,11 +572,11 @@ def make_env(name, dataset_path=None):
     except Exception as error:  # of Gymnasium, or of whatever the environment needs
         raise UserError(f"{name} cannot be made: {one_line(error)}{missing}.") from error
     box, flat = env.action_space, len(env.observation_space.shape or ()) == 1
-    bounded = (
-        isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded() and (box.low < box.high).all()
-    )
-    if not (flat and bounded):
-        raise UserError(f"{name} must have flat Box spaces for its observations and actions, the latter bounded.")
+    signed = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.dtype.kind in "fi"
+    if not (flat and signed and box.is_bounded() and (box.low < box.high).all()):
+        raise UserError(f"{name} must have flat Box spaces of signed numbers, the one of its actions bounded.")
+    if env.spec.max_episode_steps is None:
+        print(f"warning: {name} has no time limit: an episode that never ends keeps an evaluation waiting for ever")
     return env
 
 
@@ -302,6 +590,28 @@ def scoring(env, path):
     return lambda value: 100 * normalized(value), env.get_wrapper_attr("provenance")(path)
 
 
+class Task(NamedTuple):
+    """What is known beside the transitions. A score never goes without its provenance."""
+
+    env: object  # the environment, whose `spec` makes more of it; None where there is none
+    score: object  # the function from returns to scores
+    data_score: float  # the mean score of the dataset's own episodes
+    provenance: str  # one sentence: what such a score may be compared with
+
+
+def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
+    """The Task of a name and its Transitions on `device`, rewards multiplied by the scale, then shifted. Says what was
+    loaded. Raises UserError for whatever is wrong with the environment, the file or the numbers in it."""
+    env = make_env(name, dataset_path)
+    score, provenance = scoring(env, dataset_path)
+    data, returns = make_transitions(load_arrays(dataset_path, env), env, device)
+    source = env.get_wrapper_attr("dataset_filepath") if dataset_path is None else dataset_path
+    print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
+    print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
+    data = data._replace(rewards=scale_rewards(data.rewards, returns, reward_scale, reward_shift))
+    return Task(env, score, score(returns.mean()), provenance), data
+
+
 class Transitions(NamedTuple):
     """N transitions on the training device. A terminal means "do not bootstrap"; a time limit is no terminal."""
 
@@ -311,6 +621,10 @@ class Transitions(NamedTuple):
     next_obs: torch.Tensor  # (N, O)
     terminals: torch.Tensor  # (N,)
     codes: torch.Tensor  # (N,), int64: what the quantizer made of the actions
+
+    def checksum(self):
+        """A number that tells these observations and actions from others."""
+        return zlib.crc32(self.actions.cpu().numpy(), zlib.crc32(self.obs.cpu().numpy()))
 
     def sample(self, batch_size):
         """A batch of transitions, drawn uniformly with replacement."""
@@ -326,14 +640,35 @@ def load_arrays(path, env):
     dataset of their own read files themselves: robomimic's have another layout."""
     own = env is not None and env.has_wrapper_attr("get_dataset")
     if path is None and not own:
-        raise UserError("this task has no dataset of its own: pass --dataset-path.")
+        raise UserError("this task has no dataset of its own: name a file (dataset_path).")
     try:
         if own:
             return env.get_wrapper_attr("get_dataset")(path)
-        with np.load(path) if path.endswith(".npz") else h5py.File(path) as file:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")
+        if path.lower().endswith(".npz"):
+            with np.load(path) as file:
+                return {key: file[key] for key in COLUMNS if key in file}
+        import h5py
+
+        with h5py.File(path) as file:
+            check_written(file)
             return {key: file[key][()] for key in COLUMNS if key in file}
     except Exception as error:  # h5py and numpy raise a dozen types over a missing or damaged file
         raise UserError(f"the dataset {path or 'of this task'} cannot be read: {one_line(error)}.") from None
+
+
+def check_written(file):
+    """Raises ValueError where an open HDF5 file would show zeros in place of data: columns that were declared and never
+    written, and virtual ones whose sources are gone."""
+    for key in {"observations", "actions", "rewards"} & set(file):
+        column, folder = file[key], Path(file.filename).parent
+        if column.is_virtual:
+            written = all((folder / source.file_name).exists() for source in column.virtual_sources())
+        else:
+            written = column.size == 0 or column.id.get_storage_size() > 0
+        if not written:
+            raise ValueError(f"its {key} were never written, or lie in another file that is gone")
 
 
 def check_arrays(arrays, env):
@@ -359,6 +694,10 @@ def check_arrays(arrays, env):
             where = f"in {bad.size} rows, the first of them row {bad[0]}"
             raise UserError(f"the dataset's {key} hold NaN, infinity or numbers beyond 1e10 {where}.")
         checked[key] = column
+    if env is None and (largest := np.abs(checked["actions"]).max()) > 1.001:
+        raise UserError(
+            f"the dataset's actions reach {largest:.3g}, and no environment tells bounds: scale to [-1, 1]."
+        )
     for key, space in [("observations", env.observation_space), ("actions", env.action_space)] if env else ():
         size = checked[key].shape[1]
         if (size,) != space.shape:
@@ -420,115 +759,23 @@ def scale_rewards(rewards, returns, scale, shift):
     """rewards * scale + shift. A scale of 0 stands for IQL's: 1000 / (highest - lowest return of an episode)."""
     if scale == 0:
         if returns.max() == returns.min():
-            raise UserError("all episodes have the same return: pass a --reward-scale other than 0.")
+            raise UserError("all episodes have the same return: pass a reward_scale other than 0.")
         scale = 1000 / (returns.max() - returns.min())
     return scale * rewards + shift
 
 
-# --- Speed ---
-
-
-def adam(parameters, lr, weight_decay=0.0):
-    """Adam, or AdamW where `weight_decay` is not 0, in the form that is fastest on the parameters' device."""
-    parameters = list(parameters)
-    lr, on_cuda = torch.tensor(lr, device=parameters[0].device), parameters[0].is_cuda
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_cuda)
-
-
-def minimize(loss, info, *optimizers):
-    """One gradient step on `loss` of the optimizers' parameters, and of no others. Returns `info` for logging."""
-    info = {name: value.detach() for name, value in info.items()}
-    loss.backward(inputs=[p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]])
-    apply_gradients(*optimizers)
-    return info
-
-
-@torch.compiler.disable  # torch.compile ends its graph here: tracing into an optimizer makes the step slower
-def apply_gradients(*optimizers):
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def decay_lr(optimizer, lr, step, steps):
-    """Sets the learning rate of step `step` on a cosine from `lr` to 0. In place: a captured CUDA graph sees it too."""
-    for group in optimizer.param_groups:
-        group["lr"].fill_(lr * (1 + math.cos(math.pi * step / steps)) / 2)
-
-
-@torch.no_grad()
-def polyak_update(target, network, rate):
-    """target <- (1 - rate) target + rate network."""
-    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
-
-
-def accelerate(update, device, compile=False):
-    """Returns a function that does what `update` does, faster. `update` takes nothing and returns a dict of tensors.
-
-    CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph.
-    CPU: `compile` merges everything between the matrix products with torch.compile, backward pass included. That
-    needs a C++ compiler; without one it says so and `update` runs as it is.
-    """
-    if device.type == "cuda":
-        return with_cuda_graph(update)
-    return with_compile(update) if compile else update
-
-
-def with_compile(update):
-    compiled = None
-
-    def step():
-        nonlocal compiled
-        try:
-            if compiled is None:
-                torch._dynamo.config.trace_autograd_ops = True  # loss.backward() joins the graph instead of ending it
-                torch._dynamo.config.nested_graph_breaks = True  # so does the sampling that comes before
-                torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
-                options = {"pattern_matcher": False, "fallback_random": True, "cpp_wrapper": True}
-                compiled = torch.compile(update, options=options)
-            return compiled()
-        except Exception as error:
-            if compiled is update:
-                raise
-            print(f"torch.compile failed, training goes on without it. {type(error).__name__}: {error}"[:300])
-            compiled = update
-            return update()
-
-    return step
-
-
-def with_cuda_graph(update):
-    graph, stream, calls, info = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
-
-    def step():
-        nonlocal calls, info
-        calls += 1
-        if calls <= 3:  # a few ordinary steps first, on a stream of their own, as CUDA graphs ask for
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                info = update()
-            torch.cuda.current_stream().wait_stream(stream)
-            return info
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                info = update()
-        graph.replay()
-        return info
-
-    return step
-
-
-def tune_cpu():
-    """Two settings that make a step on the CPU up to twice as fast; results change by float32 rounding at most.
-
-    oneDNN runs float32 matrix products, on AMD processors about twice as fast as MKL. "medium" also permits bfloat16,
-    which processors with AMX then use; so the precision is tried out and the setting taken back where it is not enough.
-    glibc keeps freed memory instead of giving every large tensor back to the system and faulting it in page by page."""
-    x = torch.rand(256, 256)
-    torch.set_float32_matmul_precision("medium")
-    if (x @ x - x.double() @ x.double()).abs().max() > 1e-3:
-        torch.set_float32_matmul_precision("highest")
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+def exit_in_words(main):
+    """Runs a script's `main`. What its user can mend becomes one sentence on stderr and exit code 2; Ctrl-C is 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not know
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}")
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:  # OSError: a full disk, say
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
+            raise
+        hint = " Fewer codes, smaller batches or fewer samples take less memory." if memory else ""
+        print(f"error: {one_line(error)}.{hint}", file=sys.stderr)
+        sys.exit(2)
