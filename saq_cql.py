@@ -42,11 +42,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-# isort: off (the first line is what the method takes, the others what running it takes)
-from vqvae import ActionVQVAE, adamw, minimize, mlp, polyak_update
+# isort: off
+from vqvae import ActionVQVAE, adamw, minimize, mlp, polyak_update  # what the method takes; the rest is for running it
 from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import fit, load_task, lock, make_tracker, one_line, plot_codes, prepare, read_checkpoint, with_optimizers
-from vqvae import write_file
+from vqvae import fit, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, tracker, write_file
 
 
 @dataclass
@@ -105,10 +104,9 @@ HPARAMS = {
     # Chosen here, on these demonstrations and on data that stand in for hopper-expert.
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
-    # The middle of what the authors' scripts sweep: alpha 15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen.
-    "hopper- halfcheetah- walker2d- ant- kitchen- maze2d-": dict(alpha=20.0),
-    # Nothing was released. Ours, untried: their kitchen value; for antmaze, CORL's CQL (rewards 10 r - 5, alpha 5).
-    "pen- door- hammer- relocate-": dict(alpha=20.0),
+    # The middle of what the authors' scripts sweep: alpha 15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen. For the
+    # rest nothing was released: ours, untried, and for antmaze CORL's CQL (rewards 10 r - 5, alpha 5).
+    "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(alpha=20.0),
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=20.0, eval_episodes=50, final_episodes=50),
 }
@@ -394,7 +392,7 @@ class Run:
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum):
-        self.args, self.parts, self.updating, self.stopping = args, with_optimizers(learners), False, False
+        self.args, self.parts, self.updating, self.stopping = args, parts_of(learners), False, False
         self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
@@ -403,7 +401,7 @@ class Run:
         self.lock = lock(self.folder)
         if args.resume is not None:
             self.restore()
-        self.track = make_tracker(self.folder, vars(args)) if args.track else lambda values: None
+        self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
         versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
         self.how_to_go_on = f"go on with: python {SCRIPT}.py --resume {str(self.folder)!r}"

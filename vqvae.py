@@ -449,8 +449,8 @@ def one_line(error):
 
 
 def write_file(path, content):
-    """Writes `content` (a text, a dict as JSON, or what a function puts into an open file) to `path`: first under another
-    name, so that neither an interruption nor a full disk leaves half a file or takes the one that was there."""
+    """Writes `content` (a text, a dict as JSON, or what a function puts into an open file) to `path`: first under
+    another name, so that neither an interruption nor a full disk leaves half a file or takes the one that was there."""
     buffer = io.BytesIO()  # on a full disk torch.save itself would raise a RuntimeError that says nothing
     if isinstance(content, dict):
         content = json.dumps(content, indent=2, default=float, allow_nan=False)
@@ -487,7 +487,7 @@ def read_checkpoint(path, like, device="cpu", parts=None):
     return state
 
 
-def with_optimizers(learners):
+def parts_of(learners):
     """The modules of a dict by name, and beside them the optimizers among their attributes, as "name.attribute"."""
     found = dict(learners)
     for name, learner in learners.items():
@@ -508,7 +508,7 @@ def lock(folder):
     return held
 
 
-def make_tracker(folder, config):
+def tracker(folder, config):
     """A function that logs a dict of numbers to Weights & Biases, in a run that is called like `folder`. Whatever goes
     wrong there is said once; training goes on without it."""
     failed = False
