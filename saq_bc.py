@@ -1,27 +1,31 @@
-"""SAQ-BC: behavioural cloning of quantized actions, beside the continuous cloning that it replaces.
+"""SAQ-BC: behavioural cloning on quantized actions, beside two continuous clonings that it replaces.
 
-Luo et al., "Action-Quantized Offline Reinforcement Learning for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731.
-Over the K codes of a VQ-VAE cloning is classification: the policy may put weight on several actions at once, where a
-Gaussian or a regression would average them.
+Cloning learns to act as a fixed dataset does, rewards aside. Over continuous actions it regresses on the mean, which
+nobody did where demonstrators go left or right, or fits a density of a given shape. Over the K codes of a VQ-VAE it is
+a classifier, which keeps as many modes as there are codes, and whose loss is exact. The steps, and who does them:
 
-    python saq_bc.py                                            # three maze demonstrations
-    python saq_bc.py --env hopper-expert-v2 --no-compare        # a D4RL name; downloads the dataset once
-    python saq_bc.py --env Pendulum-v1 --dataset-path mine.npz  # your own data in D4RL's layout
+    1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
+    2. `encode_dataset` replaces every action of the dataset by its code k, once
+    3. `DiscreteBC.update` trains a network with K outputs by the cross-entropy -log pi(k | s)
+    4. `DiscreteBC.act` decodes a code of pi; its twins, `DeterministicBC` and `GaussianBC`, learn the same data
 
-Needs vqvae.py next to it; offline_envs.py too for the names of D4RL, robomimic and Minari.
+Unlike in the authors' code, the quantizer's learning rate falls to 0 and dead codes are revived (--plain undoes both).
+
+    python saq_bc.py                                              # three maze demonstrations
+    python saq_bc.py --env door-human-v0 --no-compare             # a D4RL name; downloads the dataset once
+    python saq_bc.py --env Pendulum-v1 --dataset-path mine.npz    # your own data in D4RL's layout
+
+Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. Explained in
+docs/saq_bc.md. Needs vqvae.py next to it; offline_envs.py too for the names of D4RL, robomimic and Minari.
 """
 
-import csv
-import dataclasses
-import io
-import json
+import copy
 import math
-import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,17 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium.wrappers import RecordVideo
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import ActionVQVAE, UserError, accelerate, adam, check_arguments, codebook_health, describe_health, fit
-from vqvae import load_arrays, make_env, make_transitions, minimize, mlp, scale_rewards, scoring, tune_cpu
-
-SCRIPT = Path(__file__).stem
-
-# --- Arguments ---
+from vqvae import ActionVQVAE, adamw, minimize, mlp  # what the method takes; the rest is for running it
+from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
+from vqvae import fit, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, tracker, write_file
 
 
 @dataclass
@@ -48,27 +50,28 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
+    normalize_obs: bool = False  # measure observations in the dataset's mean and standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
-    plain: bool = False  # the authors' settings, without what is added here (PLAIN, below)
+    plain: bool = False  # the authors' settings, without what is added here (PLAIN, in "One run")
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
     track: bool = False  # log to Weights & Biases as well
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where tensors live
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: where --steps is at least 10_000
-    # --- Evaluation and logging ---
-    eval_every: int = 5_000  # steps between two evaluations, each followed by a checkpoint
+    log_every: int = 500  # steps between two log entries
+    eval_every: int = 5_000  # steps between two evaluations, each after a checkpoint
     eval_episodes: int = 10  # episodes of each evaluation during training
     final_episodes: int = 100  # episodes of the final evaluation
-    log_every: int = 500  # steps between two log entries
+    video: int = 0  # episodes of each agent to film at the end
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
-    revive_every: int = 100  # move dead codes to where actions are, every so many steps; 0: never
+    revive_every: int = 100  # every so many steps, move codes that no action chooses to where actions are; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
@@ -85,91 +88,29 @@ class Args:
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
 # command line wins over the row. The paper prints no hyperparameters, and cloning has few.
 HPARAMS = {
-    "maze2d-large-demos": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
-    "antmaze": dict(eval_episodes=100),
-    "lift can square tool transport": dict(eval_episodes=50, final_episodes=50),
+    "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
+    "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(),
+    "antmaze-": dict(eval_episodes=100),
+    "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
 }
-PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, act="greedy")
-DIAGNOSIS = {"action_error": "-"}  # the series in the figure's right panel, and their lines
-
-
-def parse_args():
-    """A flag on the command line > the task's row of HPARAMS > Args. A resumed run starts from its own arguments."""
-    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    folder = args.resume or args.eval_only
-    if folder:
-        try:
-            saved = json.loads((Path(folder) / "args.json").read_text())["args"]
-            default = Args(**{**saved, "resume": args.resume, "eval_only": args.eval_only})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder} is not the folder of a run of this script: {error}.") from error
-    else:
-        task = args.env.split(":")[-1]
-        rows = {word: row for words, row in HPARAMS.items() for word in words.split() if task.startswith(word)}
-        word = max(rows, key=len, default="any task")
-        row = rows.get(word, {}) | (PLAIN if args.plain else {})
-        default = dataclasses.replace(Args(), env=args.env, plain=args.plain, **row)
-        print(f"hyperparameters for {word}: {row or 'the defaults'}")
-    args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
-    check_arguments(args, default if folder else None)
-    auto = "on" if args.steps >= 10_000 else "off"
-    return dataclasses.replace(args, compile=auto if args.compile == "auto" else args.compile)
-
-
-# --- Evaluation ---
-
-
-def make_eval_envs(spec, episodes):
-    rescale = [lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))]
-    return gym.make_vec(spec, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=rescale)
-
-
-def choose(logits, how):
-    """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
-
-
-@torch.no_grad()
-def evaluate(act, envs, episodes, device, seed=1_000):
-    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i."""
-    torch.manual_seed(seed)  # for policies that sample
-    returns = []
-    for first in range(seed, seed + episodes, envs.num_envs):
-        obs, _ = envs.reset(seed=list(range(first, first + envs.num_envs)))
-        total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-        while running.any():
-            actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-            obs, rewards, terminated, truncated, _ = envs.step(actions)
-            total += rewards * running
-            running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts
-        returns.append(total)
-    return np.concatenate(returns)[:episodes]
-
-
-@torch.no_grad()
-def assess(agent, envs, data, score, args):
-    """What is logged at an evaluation: score and return where there is an environment, and the agent's diagnosis."""
-    with torch.random.fork_rng([0] if args.device == "cuda" else []):  # the training's random numbers stay as they are
-        torch.manual_seed(args.seed)
-        values = {name: value.item() for name, value in agent.diagnose(data.sample(256)).items()}
-        if envs:
-            mean = evaluate(agent.act, envs, args.eval_episodes, data.obs.device).mean()
-            values = {"score": score(mean), "return": mean} | values
-    return values
+OWN_DATA = dict(normalize_obs=True)  # any other task, Minari's too: observations come in whatever units
 
 
 # --- SAQ-BC ---
 
 
 class DiscreteBC(nn.Module):
-    """A classifier of the K codes of a frozen quantizer."""
+    """A classifier of the K codes of a frozen quantizer.
+
+    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy. The quantizer is a part of the
+    agent: what state_dict() saves can act again. Read of `args`: lr, use_prior, act."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
-        self.args, self.decode = args, vqvae.decode
+        self.args, self.vqvae = args, vqvae
         self.actor = vqvae.prior if args.use_prior else mlp(obs_dim, vqvae.num_codes)
         self.logits = vqvae.prior_logits if args.use_prior else self.actor.forward
-        self.optimizer = adam(self.actor.parameters(), args.lr)
+        self.optimizer = adamw(self.actor.parameters(), args.lr)
 
     def loss(self, batch):
         """The cross-entropy of softmax(logits) with the data's codes: at its minimum, their frequency in each state."""
@@ -180,56 +121,60 @@ class DiscreteBC(nn.Module):
         """One gradient step; returns what to log."""
         return minimize(*self.loss(batch), self.optimizer)
 
-    def update_targets(self, step):
-        """Cloning has no targets."""
-
+    @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A): a code by the classifier, decoded in its state."""
-        return self.decode(obs, choose(self.logits(obs), self.args.act)).clamp(-1, 1)
+        return self.vqvae.decode(obs, choose(self.logits(obs), self.args.act)).clamp(-1, 1)
 
+    @torch.no_grad()
     def diagnose(self, batch):
         """The mean squared distance between what the policy does (where it samples: one draw) and what the data did."""
         return {"action_error": (self.act(batch.obs) - batch.actions).square().mean()}
+
+
+def choose(logits, how):
+    """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
+    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 # --- Continuous BC ---
 
 
 class DeterministicBC(nn.Module):
-    """Regression of the data's actions on their states."""
+    """Regression of the data's actions on their states. Its protocol is DiscreteBC's. Read of `args`: lr."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.actor = mlp(obs_dim, action_dim, hidden=(256, 256))
-        self.optimizer = adam(self.actor.parameters(), args.lr)
+        self.optimizer = adamw(self.actor.parameters(), args.lr)
 
     def loss(self, batch):
-        loss = (self.act(batch.obs) - batch.actions).square().mean()
+        loss = (self.actor(batch.obs).tanh() - batch.actions).square().mean()
         return loss, {"loss": loss}
 
     def update(self, batch):
         """One gradient step; returns what to log."""
         return minimize(*self.loss(batch), self.optimizer)
 
-    def update_targets(self, step):
-        """Cloning has no targets."""
-
+    @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A)."""
         return self.actor(obs).tanh()
 
+    @torch.no_grad()
     def diagnose(self, batch):
         return {"action_error": self.loss(batch)[0]}
 
 
 class GaussianBC(nn.Module):
-    """Maximum likelihood of the data's actions under a Gaussian squashed by tanh, the authors' cloning baseline."""
+    """Maximum likelihood of the data's actions under a Gaussian squashed by tanh, the authors' cloning baseline. Its
+    protocol is DiscreteBC's. Read of `args`: lr, act."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.args = args
         self.actor = mlp(obs_dim, 2 * action_dim, hidden=(256, 256))
-        self.optimizer = adam(self.actor.parameters(), args.lr)
+        self.optimizer = adamw(self.actor.parameters(), args.lr)
 
     def distribution(self, obs):
         """obs (B, O) -> mean and log standard deviation (B, A) of the action before tanh."""
@@ -248,15 +193,14 @@ class GaussianBC(nn.Module):
         """One gradient step; returns what to log."""
         return minimize(*self.loss(batch), self.optimizer)
 
-    def update_targets(self, step):
-        """Cloning has no targets."""
-
+    @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A): the mode, or a sample where SAQ's codes are sampled too."""
         mean, log_std = self.distribution(obs)
         noise = torch.randn_like(mean) if self.args.act == "sample" else torch.zeros_like(mean)
         return (mean + log_std.exp() * noise).tanh()
 
+    @torch.no_grad()
     def diagnose(self, batch):
         return {"action_error": (self.act(batch.obs) - batch.actions).square().mean()}
 
@@ -270,207 +214,284 @@ def make_agents(obs_dim, action_dim, vqvae, args):
     return agents | (twins if args.compare else {})
 
 
-# --- One run ---
+# --- One run: nothing from here to `main` has to do with SAQ ---
+
+SCRIPT = Path(__file__).stem
+PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, act="greedy")
+# What a command may change when a run goes on, and when the policies of a run are evaluated.
+FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
+FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
+LIMITS = {  # what a number must at least be, and at most
+    "steps vq_steps batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
+    "lr weight_decay revive_every video": (0, 1e9),
+    "seed": (0, 2**32 - 1),
+}
+# The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
+DIAGNOSIS = "mean squared error of actions"
+LINES = {"action_error": "-"}
+
+
+def defaults(env="maze2d-large-demos-v1", plain=False):
+    """The Args of a task: its row of HPARAMS, or OWN_DATA where it has none, and over that PLAIN."""
+    rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
+    words = [word for word in rows if env.split(":")[-1].startswith(word)]
+    row = rows[max(words, key=len)] if words else OWN_DATA
+    return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
+
+
+def parse_args():
+    """The command line over the defaults of its task or, where a run goes on, over what that run began with."""
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    args = tyro.cli(Args, args=words)  # a first look: which task, which run?
+    if args.resume is not None and args.eval_only is not None:
+        raise UserError("--resume and --eval-only exclude each other: pass one of them.")
+    folder = args.eval_only if args.resume is None else args.resume
+    default, done = defaults(args.env, args.plain), {}
+    if folder is not None:
+        state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW)
+        default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
+    args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
+    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no run takes steps back
+    check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
+    if folder is not None:
+        check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
+    print("settings:", {name: value for name, value in vars(args).items() if value != getattr(Args(), name)})
+    return args
+
+
+def make_eval_envs(spec, episodes, *wrappers, **kwargs):
+    """The environments that step together, ten at most. Policies act in [-1, 1], whatever the environment's bounds."""
+    wrappers = [lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), *wrappers]
+    return gym.make_vec(spec, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=wrappers, **kwargs)
+
+
+@torch.no_grad()
+def evaluate(agent, vqvae, envs, episodes, seed=1_000):
+    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
+    always act for ten states at once: what one draws in an episode may not depend on how many others run beside it."""
+    returns, n = [], envs.num_envs
+    for first in range(seed, seed + episodes, n):
+        torch.manual_seed(first)
+        obs, _ = envs.reset(seed=list(range(first, first + n)))
+        total, running = np.zeros(n), np.ones(n, bool)
+        while running.any():
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=vqvae.obs_mean.device)
+            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, 10 - n))))[:n].cpu().numpy()
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            total += rewards * running
+            running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts
+        returns.append(total)
+    return np.concatenate(returns)[:episodes]
+
+
+def assess(agent, vqvae, envs, task, data, args):
+    """What is logged at an evaluation: score and return where there is an environment, and what `diagnose` finds."""
+    with torch.random.fork_rng([0] if args.device == "cuda" else []):  # the training's random numbers stay as they are
+        torch.manual_seed(args.seed)
+        values = {name: value.item() for name, value in agent.diagnose(data.sample(256)).items()}
+        if envs:
+            mean = evaluate(agent, vqvae, envs, args.eval_episodes).mean()
+            values = {"score": task.score(mean), "return": mean} | values
+    return values
 
 
 class Run:
-    """The files of one run: args.json, metrics.csv and checkpoint.pt; `report` adds result.json and comparison.png."""
+    """The folder of a run: args.json and metrics.csv for readers, checkpoint.pt with all that --resume needs."""
 
-    def __init__(self, args, learners):
-        self.args, self.done, self.interrupted = args, {}, False
-        self.parts = {}  # what a checkpoint holds: the learners and their optimizers
-        for name, learner in learners.items():
-            optimizers = {k: v for k, v in vars(learner).items() if isinstance(v, torch.optim.Optimizer)}
-            self.parts |= {name: learner} | {f"{name}.{key}": optimizer for key, optimizer in optimizers.items()}
-        name = f"{args.env.replace('/', '_')}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or args.eval_only or Path(args.out) / name)
-        self.folder.mkdir(parents=True, exist_ok=bool(args.resume or args.eval_only))
-        self.metrics = open(self.folder / "metrics.csv", "a", newline="")
-        if args.resume or args.eval_only:
-            self.load()
-        else:
-            self.metrics.write("step,name,value\n")
-        if not args.eval_only:
-            versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
-            commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
-            about = {"args": vars(args), "python": sys.version, "versions": versions, "git_commit": commit}
-            self.write("args.json", json.dumps(about, indent=2).encode())
-        if args.track and not args.eval_only:
-            import wandb
+    # What a checkpoint holds: arguments; a checksum of the data; by phase the steps done and the state of the random
+    # numbers; the phase whose evaluation comes next; what was logged: (step, name, value); networks and optimizers.
+    NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
-            settings = {"id": self.folder.name, "resume": "allow", "dir": self.folder, "config": vars(args)}
-            self.wandb = wandb.init(project="saq", **settings)
-            self.wandb.define_metric("*", step_metric="step")
+    def __init__(self, args, learners, checksum):
+        self.args, self.parts, self.updating, self.stopping = args, parts_of(learners), False, False
+        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
+        if args.eval_only is not None:
+            self.folder = Path(args.eval_only)
+            return self.restore()
+        self.folder = self.create() if args.resume is None else Path(args.resume)
+        self.lock = lock(self.folder)
+        if args.resume is not None:
+            self.restore()
+        self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
+        versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
+        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
+        self.how_to_go_on = f"go on with: python {SCRIPT}.py --resume {str(self.folder)!r}"
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
+            signal.signal(number, self.interrupt)
+
+    def create(self):
+        """A new folder. It gets its name when its first checkpoint is in it: a run that can be seen can be resumed."""
+        task = self.args.env.replace("/", "_").replace(":", "_")
+        name = f"{task}__{SCRIPT}__s{self.args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.folder = Path(self.args.out) / f".{name}"
+        self.folder.mkdir(parents=True)
+        write_file(self.folder / f"{SCRIPT}.py", Path(__file__).read_text(encoding="utf-8"))  # the code as it ran
+        self.save()
+        return self.folder.rename(self.folder.with_name(name))
+
+    def save(self):
+        self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        write_file(self.folder / "checkpoint.pt", partial(torch.save, self.state))
+        lines = "".join(f"{step},{name},{value:.6g}\n" for step, name, value in self.state["log"])
+        write_file(self.folder / "metrics.csv", f"step,name,value\n{lines}")
+
+    def restore(self):
+        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.parts)
+        if self.args.eval_only is None and begun["data"] != self.state["data"]:
+            raise UserError(f"the run in {self.folder} has begun on other data than these.")
+        self.state = begun | {"args": vars(self.args)}
 
     def log(self, phase, step, values):
-        self.metrics.writelines(f"{step},{phase}/{name},{value:.6g}\n" for name, value in values.items())
-        self.metrics.flush()
-        if self.args.track:
-            self.wandb.log({f"{phase}/{name}": value for name, value in values.items()} | {"step": step})
+        """Keeps numbers by name. UserError where one is not finite: no training comes back from there."""
+        rows = [(step, f"{phase}/{name}", value) for name, value in values.items()]
+        self.state["log"] += rows
+        self.track({name: value for _, name, value in rows} | {"step": step})
+        for _, name, value in rows:
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} in step {step}: {self.folder}/checkpoint.pt is from before.")
 
     def history(self, name):
         """The steps and the values logged under `name`."""
-        with open(self.folder / "metrics.csv", newline="") as file:
-            rows = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["name"] == name]
-        return list(zip(*rows, strict=True)) or ((), ())
-
-    def write(self, name, content):
-        """Writes bytes to a file of the run, under another name first: an interruption never leaves half a file."""
-        (self.folder / f"{name}.tmp").write_bytes(content)
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
-
-    def save(self):
-        state = {
-            "done": self.done,  # steps done in each phase
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.args.device == "cuda" else None,
-            "metrics_size": self.metrics.tell(),
-        }
-        buffer = io.BytesIO()  # on a full disk torch.save itself would raise a RuntimeError that says nothing
-        torch.save(state, buffer)
-        self.write("checkpoint.pt", buffer.getbuffer())
-
-    def load(self):
-        path = self.folder / "checkpoint.pt"
-        try:
-            state = torch.load(path, weights_only=True, map_location=self.args.device)
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-            self.done = state["done"]
-            torch.set_rng_state(state["rng"].cpu())
-            if self.args.device == "cuda" and self.args.resume:
-                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-        except Exception as error:  # torch raises a dozen types over a missing, damaged or foreign file
-            raise UserError(f"{path} cannot be used: {' '.join(repr(error).split())[:200]}") from None
-        if self.args.resume:  # what was logged after the checkpoint will be logged again
-            self.metrics.truncate(state["metrics_size"])
+        found = [(step, value) for step, logged, value in self.state["log"] if logged == name]
+        return list(zip(*found, strict=True)) or [(), ()]
 
     def interrupt(self, *_):
-        """Ctrl-C: finish the step, save, stop. A second one stops at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """During updates: finish the step, save, stop. Otherwise, and the second time: stop at once."""
+        if self.stopping or not self.updating:
+            raise KeyboardInterrupt(f"stopped; {self.how_to_go_on}")
+        self.stopping = True
 
     def train(self, phase, updates, steps, evaluation):
-        """Runs one phase to its last step; `updates` yields (step, info) after each step. Logs, evaluates, saves."""
-        start = self.done.get(phase, 0)
-        if start == 0:
-            torch.manual_seed(self.args.seed)  # a random stream for each phase: none depends on what ran before it
-        signal.signal(signal.SIGINT, self.interrupt)
-        bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True)
+        """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
+        evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
+        start, numbers = self.state["done"].get(phase, 0), torch.cuda if self.args.device == "cuda" else torch
+        stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before
+        if stream in self.state["rng"]:
+            numbers.set_rng_state(self.state["rng"][stream].cpu())
+        else:
+            torch.manual_seed(self.args.seed + start)
+        if self.state["due"] == phase:
+            self.log(phase, start, evaluation())
+        pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
+        bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True, mininterval=pause)
+        self.updating = True
         for step, info in bar:
             evaluate_now = step % self.args.eval_every == 0 or step == steps
-            if evaluate_now or self.interrupted or step % self.args.log_every == 0:
-                values = {name: value.item() for name, value in info.items()}
-                for name, value in values.items():
-                    if not math.isfinite(value):
-                        kept = f"{self.folder}/checkpoint.pt is from before" if self.done else "nothing was saved yet"
-                        raise UserError(f"{phase}/{name} is {value} in step {step}: {kept}.")
-                self.log(phase, step, values)
+            if evaluate_now or step % self.args.log_every == 0:
+                self.log(phase, step, {name: value.item() for name, value in info.items()})
+            if evaluate_now or self.stopping:
+                self.state["done"][phase], self.state["rng"][stream] = step, numbers.get_rng_state()
+                self.state["due"] = phase if evaluate_now else ""
+                self.save()
+            if self.stopping:
+                raise KeyboardInterrupt(f"stopped in step {step} of {phase}; {self.how_to_go_on}")
             if evaluate_now:
+                self.updating = False
                 values = evaluation()
                 self.log(phase, step, values)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
-            if evaluate_now or self.interrupted:
-                self.done[phase] = step
-                self.save()
-            if self.interrupted:
-                print(f"\nstopped in step {step} of {phase}; go on with: python {SCRIPT}.py --resume {self.folder}")
-                raise SystemExit(130)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+                self.updating = True
+        self.updating, self.state["due"] = False, ""
+        self.save()
 
 
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
-    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile == "on")
+    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
     for step in range(start + 1, args.steps + 1):
-        info = update()
-        agent.update_targets(step)
-        yield step, info
+        yield step, update()
 
 
-def report(run, agents, envs, episodes, score, data_score, provenance):
-    """Evaluates each agent over `episodes` episodes and prints the table. After training (not with --eval-only) it also
-    writes result.json and comparison.png: scores, and what `diagnose` found, over training."""
-    result = {"provenance": provenance, "data_score": data_score, "episodes": episodes}
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.axhline(data_score, color="grey", linestyle="--", label="episodes of the dataset")
+def report(run, agents, vqvae, task, episodes):
+    """Evaluates each agent over `episodes` episodes and prints the table; returns what result.json says."""
+    envs = make_eval_envs(task.env.spec, episodes)
+    result = {"provenance": task.provenance, "data_score": task.data_score, "episodes": episodes}
     print(f"\n{'':12}{'score':>8}{'last 5 evaluations':>22}{'return':>20}")
-    for i, (name, agent) in enumerate(agents.items()):
-        label, returns = name.upper().replace("_", "-"), evaluate(agent.act, envs, episodes, run.args.device)
-        mean, std, (steps, scores) = returns.mean(), returns.std(), run.history(f"{name}/score")
-        last = np.array(scores[-5:] or [np.nan])
-        print(f"{label:12}{score(mean):8.1f}{last.mean():13.1f} +- {last.std():<5.1f}{mean:13.1f} +- {std:<5.1f}")
-        result[name] = {"score": score(mean), "last_5_scores": list(last), "return": mean, "return_std": std}
-        left.plot(steps, scores, color=f"C{i}", label=label)
-        for series, line in DIAGNOSIS.items():
-            steps, values = run.history(f"{name}/{series}")
-            if steps:
-                right.plot(steps, values, line, color=f"C{i}", label=f"{label}, {series}")
-    print(f"{episodes} episodes each; those of the dataset score {data_score:.1f}. {provenance}")
-    if run.args.eval_only:
-        return
-    run.write("result.json", json.dumps(result, indent=2, default=float).encode())
-    left.set(title=run.args.env, xlabel="gradient steps", ylabel="score")
-    right.set(title=" and ".join(DIAGNOSIS), xlabel="gradient steps")
-    left.legend()
-    right.legend()
-    figure.savefig(run.folder / "comparison.png", dpi=120)
-    print(f"{run.folder}: result.json, comparison.png, metrics.csv, checkpoint.pt")
+    for name, agent in agents.items():
+        returns = evaluate(agent, vqvae, envs, episodes)
+        score, mean, std = task.score(returns.mean()), returns.mean(), returns.std()
+        last = run.history(f"{name}/score")[1][-5:] or (math.nan,)
+        print(f"{name:12}{score:8.1f}{np.mean(last):13.1f} +- {np.std(last):<5.1f}{mean:13.1f} +- {std:<5.1f}")
+        result[name] = {"score": score, "last_5_scores": last, "return": mean, "return_std": std, "returns": [*returns]}
+    print(f"{episodes} episodes each; those of the dataset score {task.data_score:.1f}. {task.provenance}")
+    return result
+
+
+def plot(run, names, task):
+    """The figure: scores over training, and beside them what each agent's `diagnose` found."""
+    figure = Figure(figsize=(3.5 * (1 + len(names)), 3.6), layout="constrained")
+    scores, *panels = figure.subplots(1, 1 + len(names))
+    scores.axhline(task.data_score, color="grey", linestyle="--", label="the dataset's episodes")
+    for i, (name, panel) in enumerate(zip(names, panels, strict=True)):
+        scores.plot(*run.history(f"{name}/score"), color=f"C{i}", label=name)
+        for series, line in LINES.items():
+            panel.plot(*run.history(f"{name}/{series}"), line, color=f"C{i}")
+        panel.set(title=f"{name}: {DIAGNOSIS}", xlabel="gradient steps")
+    scores.set(title=f"score\n{run.args.env}", xlabel="gradient steps")
+    scores.legend()
+    return figure
+
+
+def film(agents, vqvae, task, episodes, folder):
+    """Films `episodes` episodes of each agent, from the evaluation's starts, with Gymnasium's recorder."""
+    for name, agent in agents.items() if episodes else ():
+        record = partial(RecordVideo, video_folder=str(folder), episode_trigger=lambda _: True, name_prefix=name)
+        try:
+            envs = make_eval_envs(task.env.spec, 1, record, render_mode="rgb_array")
+            evaluate(agent, vqvae, envs, episodes)
+            envs.close()
+        except Exception as error:  # no screen, no renderer, no package that writes films
+            return print(f"warning: no video: {one_line(error)}.")
 
 
 def main():
     args = parse_args()
-    device = torch.device(args.device)
-    if device.type == "cpu":
-        tune_cpu()
-
-    # The data, and what a score over them means.
-    env = make_env(args.env, args.dataset_path)
-    score, provenance = scoring(env, args.dataset_path)
-    data, returns = make_transitions(load_arrays(args.dataset_path, env), env, device)
-    source = args.dataset_path or env.get_wrapper_attr("dataset_filepath")
-    print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
-    print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
-    data = data._replace(rewards=scale_rewards(data.rewards, returns, args.reward_scale, args.reward_shift))
+    device = prepare(args.device)
+    task, data = load_task(args.env, args.dataset_path, device, args.reward_scale, args.reward_shift)
+    obs_dim, action_dim, checksum = data.obs.shape[1], data.actions.shape[1], data.checksum()
 
     torch.manual_seed(args.seed)
-    with device:
-        obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
+    with device:  # what is made in here lies on it
         vqvae = ActionVQVAE(obs_dim, action_dim, args.num_codes, action_only=args.action_only, lr=args.lr)
         agents = make_agents(obs_dim, action_dim, vqvae, args)
-    run = Run(args, {"quantizer": vqvae, **agents})
-    envs = make_eval_envs(env.spec, args.eval_episodes) if env else None
-    if args.eval_only:
-        trained = {name: agent for name, agent in agents.items() if name in run.done}
-        if not (trained and env):
+    if args.normalize_obs:
+        vqvae.set_units(data.obs)
+    run = Run(args, {"quantizer": vqvae, **agents}, checksum)
+    data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
+    done = run.state["done"]
+    if args.eval_only is not None:
+        trained = {name: agent for name, agent in agents.items() if name in done}
+        if not (trained and task.env):
             raise UserError(f"{run.folder} holds no trained policy yet, or no environment to evaluate it in.")
-        return report(run, trained, envs, args.eval_episodes, score, score(returns.mean()), provenance)
+        report(run, trained, vqvae, task, args.eval_episodes)
+        return film(trained, vqvae, task, args.video, run.folder)
+    print(f"run: {run.folder}")
 
     # 1. Fit the quantizer on the dataset's states and actions.
-    start, compile = run.done.get("quantizer", 0), args.compile == "on"
     options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, start, compile, **options)
+    options |= dict(start=done.get("quantizer", 0), compile=args.compile)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
+    write_file(run.folder / "codes.png", plot_codes(vqvae, data.obs, data.actions).savefig)
 
     # 2. Replace every action by its code, once: the quantizer stays as it is from here on.
     data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
 
     # 3. Learn over the K codes; then the continuous twin, from the same data with the same evaluation.
+    envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
     for name, agent in agents.items():
-        updates = learn(agent, data, args, run.done.get(name, 0))
-        run.train(name, updates, args.steps, lambda agent=agent: assess(agent, envs, data, score, args))
-    if env:
-        report(run, agents, envs, args.final_episodes, score, score(returns.mean()), provenance)
+        evaluation = partial(assess, agent, vqvae, envs, task, data, args)
+        run.train(name, learn(agent, data, args, done.get(name, 0)), args.steps, evaluation)
+        if envs:
+            print(f"{name}: score {np.mean(run.history(f'{name}/score')[1][-5:]):.1f} in its last evaluations")
+
+    # 4. Act, and compare.
+    if envs:
+        write_file(run.folder / "result.json", report(run, agents, vqvae, task, args.final_episodes))
+        write_file(run.folder / "comparison.png", plot(run, agents, task).savefig)
+        film(agents, vqvae, task, args.video, run.folder)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before or after training; during it, Run.train saves first
-        sys.exit(130)
+    exit_in_words(main)

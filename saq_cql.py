@@ -64,12 +64,11 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where tensors live
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: where --steps is at least 10_000
-    # --- Evaluation and logging ---
+    log_every: int = 500  # steps between two log entries
     eval_every: int = 5_000  # steps between two evaluations, each after a checkpoint
     eval_episodes: int = 10  # episodes of each evaluation during training
     final_episodes: int = 100  # episodes of the final evaluation
     video: int = 0  # episodes of each agent to film at the end
-    log_every: int = 500  # steps between two log entries
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     num_codes: int = 64  # K, the number of codes
@@ -104,7 +103,7 @@ HPARAMS = {
     # Chosen here, on these demonstrations and on data that stand in for hopper-expert.
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
-    # The middle of what the authors' scripts sweep: alpha 15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen. For the
+    # The middle of what the authors' scripts sweep (15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen). For the
     # rest nothing was released: ours, untried, and for antmaze CORL's CQL (rewards 10 r - 5, alpha 5).
     "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(alpha=20.0),
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
