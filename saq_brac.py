@@ -44,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import ActionVQVAE, adamw, minimize, mlp, polyak_update  # what the method takes; the rest is for running it
+from vqvae import ActionVQVAE, adamw, minimize, mlp, polyak_update  # the method; what runs it:
 from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
 from vqvae import fit, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, tracker, write_file
 
