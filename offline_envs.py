@@ -114,7 +114,9 @@ def read(file, mask=None):
     keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
     arrays = {key: file[key][()] for key in keys if key in file}
     for key in {"rewards", "terminals", "timeouts"} & set(arrays):
-        arrays[key] = arrays[key].reshape(len(arrays[key]), -1)[:, 0] if arrays[key].size else arrays[key]
+        if arrays[key].shape[1:] not in ((), (1,)):
+            raise ValueError(f"its {key} have shape {arrays[key].shape}, not one number a row")
+        arrays[key] = arrays[key].reshape(-1)
     return same_length(arrays)
 
 
@@ -152,7 +154,11 @@ def local_path(dataset):
     """Where the file of a URL lies in the cache, or will lie. A file that ships with this module stays where it is."""
     if isinstance(dataset, Path):
         return dataset
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / file_name(dataset)
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    try:
+        return folder.expanduser() / file_name(dataset)
+    except RuntimeError:  # a user without a home, or a "~user" that there is not
+        raise OSError(f"{folder} has no home directory here: set D4RL_DATASET_DIR to another folder.") from None
 
 
 def split_mask(path):
@@ -209,6 +215,9 @@ def download_part(url, path):
             bar.update(file.write(chunk))
     if part.stat().st_size != size:
         raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
+    if not h5py.is_hdf5(part):  # a login page, say
+        part.unlink()
+        raise OSError("what the server sent is no HDF5 file")
     return part
 
 

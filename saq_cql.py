@@ -336,7 +336,7 @@ def parse_args():
     folder = args.eval_only if args.resume is None else args.resume
     default, done = defaults(args.env, args.plain), {}
     if folder is not None:
-        state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW)
+        state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no run takes steps back
@@ -431,7 +431,7 @@ class Run:
 
     def log(self, phase, step, values):
         """Keeps numbers by name. UserError where one is not finite: no training comes back from there."""
-        rows = [(step, f"{phase}/{name}", value) for name, value in values.items()]
+        rows = [(step, f"{phase}/{name}", float(value)) for name, value in values.items()]
         self.state["log"] += rows
         self.track({name: value for _, name, value in rows} | {"step": step})
         for _, name, value in rows:

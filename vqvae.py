@@ -26,6 +26,7 @@ Sizes, initialisation and the scales of the losses are those of the authors' JAX
 differs. Importing it takes PyTorch and NumPy; Gymnasium, h5py and Matplotlib where a function needs them.
 """
 
+import atexit
 import ctypes
 import importlib
 import io
@@ -33,7 +34,9 @@ import json
 import logging
 import math
 import os
+import queue
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -467,16 +470,18 @@ def write_file(path, content):
 
 
 def read_checkpoint(path, like, device="cpu", parts=None):
-    """What torch.save wrote to `path`: a dict with the keys of `like` and values of their types. The state of each of
-    `parts`, modules and optimizers by name, is loaded from its "parts". Nothing in the file is executed. Raises
-    UserError where it is missing, foreign, damaged in any byte, or holds numbers that are not finite."""
+    """What torch.save wrote to `path`: a dict with the keys of `like`, values of their types, and their keys where those
+    are dicts that hold something. The state of each of `parts`, modules and optimizers by name, is loaded from its
+    "parts". Nothing in the file is executed. Raises UserError where it is missing, foreign, damaged in any byte, or
+    holds numbers that are not finite."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
             raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, weights_only=True, map_location=device)
         for key, value in like.items():
-            if type(state.get(key)) is not type(value):
-                raise ValueError(f"its {key} are missing, or of another kind")
+            other = type(state.get(key)) is not type(value)
+            if other or (isinstance(value, dict) and value and state[key].keys() != value.keys()):
+                raise ValueError(f"its {key} are not those of a run of this script")
         for name, part in (parts or {}).items():
             for value in state["parts"][name].values():
                 if isinstance(value, torch.Tensor) and not value.isfinite().all():
@@ -509,27 +514,33 @@ def lock(folder):
 
 
 def tracker(folder, config):
-    """A function that logs a dict of numbers to Weights & Biases, in a run that is called like `folder`. Whatever goes
-    wrong there is said once; training goes on without it."""
-    failed = False
+    """A function that logs a dict of numbers to Weights & Biases, in a run that is called like `folder`. It works in a
+    thread of its own: no slow connection holds training up, and whatever goes wrong is one warning."""
+    rows = queue.SimpleQueue()
 
-    def track(values):
-        nonlocal failed
+    def work():
         try:
-            if not failed:
-                import wandb
+            import wandb
 
-                if wandb.run is None:
-                    settings = wandb.Settings(init_timeout=20)
-                    options = {"id": folder.resolve().name, "resume": "allow", "dir": folder, "config": config}
-                    wandb.init(project="saq", settings=settings, **options)
-                    wandb.define_metric("*", step_metric="step")
-                wandb.log(values)
+            settings = wandb.Settings(init_timeout=20, silent=True)
+            options = {"id": folder.resolve().name, "resume": "allow", "dir": folder, "config": config}
+            run = wandb.init(project="saq", settings=settings, **options)
+            atexit.register(finish)  # again: the last one registered runs first, and wandb has registered its own
+            run.define_metric("*", step_metric="step")
+            while (row := rows.get()) is not None:
+                run.log(row)
+            run.finish()
         except Exception as error:
-            failed = True
             print(f"\nwarning: not logged to Weights & Biases: {one_line(error)}.")
 
-    return track
+    def finish():  # what is still to be sent gets a minute
+        rows.put(None)
+        thread.join(60)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    atexit.register(finish)
+    return rows.put
 
 
 def check_numbers(arguments, limits):
@@ -639,8 +650,8 @@ def load_arrays(path, env):
     """The arrays of D4RL's layout in the .hdf5 or .npz file `path`, or the task's own where it is None. Tasks with a
     dataset of their own read files themselves: robomimic's have another layout."""
     own = env is not None and env.has_wrapper_attr("get_dataset")
-    if path is None and not own:
-        raise UserError("this task has no dataset of its own: name a file (dataset_path).")
+    if path == "" or (path is None and not own):
+        raise UserError("this task has no dataset of its own, or none is named: name a file (dataset_path).")
     try:
         if own:
             return env.get_wrapper_attr("get_dataset")(path)

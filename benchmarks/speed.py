@@ -26,7 +26,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import ActionVQVAE, Transitions, accelerate, load_arrays, make_transitions, tune_cpu
+from vqvae import ActionVQVAE, Transitions, accelerate, load_arrays, make_transitions, prepare
 
 OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
 
@@ -115,22 +115,14 @@ def phases(device, compile):
         vqvae = ActionVQVAE(OBS, ACTIONS, CODES)
         agents = {}
         for script in (saq_cql, saq_iql, saq_brac, saq_bc):
-            agents |= script.make_agents(OBS, ACTIONS, vqvae, script.Args(device=str(device)))
+            agents |= script.make_agents(OBS, ACTIONS, vqvae, script.Args())
 
     def fit_step():
         batch = data.sample(BATCH)
         return vqvae.update(batch.obs, batch.actions)
 
     def learn_step(agent):
-        update, step = accelerate(lambda: agent.update(data.sample(BATCH)), device, compile), 0
-
-        def train():
-            nonlocal step
-            step += 1
-            update()
-            agent.update_targets(step)
-
-        return train
+        return accelerate(lambda: agent.update(data.sample(BATCH)), device, compile)
 
     steps = {name.upper().replace("_", "-"): learn_step(agent) for name, agent in agents.items()}
     return {"quantizer fit": accelerate(fit_step, device, compile)} | steps
@@ -223,12 +215,10 @@ def in_new_process(function, path):
 
 def main():
     options = tyro.cli(Options, description=__doc__)
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        tune_cpu()
+    device = prepare(options.device)
     others = d3rlpy_updates(device)
     print(f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'d3rlpy/s':>10}{'ratio':>8}")
-    steps = phases(device, options.compile)
+    steps = phases(device, "on" if options.compile else "off")
     for phase in PRODUCTS:
         step = steps[phase]
         contenders = {"ours": step, "limit": multiply(phase, device)}

@@ -8,10 +8,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from forked import Forked
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -19,6 +21,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite tests the CPU, bit for bit
 os.environ["OMP_NUM_THREADS"] = "1"  # its runs are tiny: threads would wait for each other
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="how often test_hostile.py kills a run")
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +36,74 @@ def run_script(*args, cwd=ROOT, script="saq_cql.py", **kwargs):
     """Runs a script to its end; returns the finished process, its output as text."""
     command = [sys.executable, script, *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=540, **kwargs)
+
+
+def run_forked(*args, **kwargs):
+    """The same in a second: in a process that has its packages already (see Forked for the keywords)."""
+    return Forked(*args, **kwargs).wait()
+
+
+def one_sentence(process):
+    """The sentence that a failed script left, checked for form."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.stderr.rstrip().splitlines()[-1] == line
+    return line
+
+
+def succeeded(process):
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def only_run(out):
+    """The run in a folder of runs; a hidden one would be a run that has not begun."""
+    (folder,) = Path(out).iterdir()
+    assert not folder.name.startswith(".")
+    return folder
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def tensors(state, prefix=""):
+    """All tensors in a checkpoint, by path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {name: tensor for key, value in items for name, tensor in tensors(value, f"{prefix}/{key}").items()}
+
+
+def assert_same_run(ours, theirs):
+    """Bit for bit the same tensors, random numbers, log and results; paths in the arguments may differ."""
+    (one, other) = (checkpoint(folder) for folder in (ours, theirs))
+    for part in ("parts", "rng"):
+        a, b = tensors(one[part]), tensors(other[part])
+        assert a.keys() == b.keys()
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert (one["done"], one["log"], one["data"], one["due"]) == (
+        other["done"],
+        other["log"],
+        other["data"],
+        other["due"],
+    )
+    for name in ("metrics.csv", "result.json", "codes.png", "comparison.png"):
+        assert (ours / name).exists() == (theirs / name).exists(), name
+        assert not (ours / name).exists() or (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def write(path, arrays, **options):
+    """Saves arrays as .npz or .hdf5, by the name of the path; returns it as text."""
+    if path.suffix.lower() == ".npz":
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, array in arrays.items():
+                file.create_dataset(key, data=array, **options)
+    return str(path)
 
 
 def dataset(n=400, obs_dim=3, action_dim=1, episode=100, seed=0):

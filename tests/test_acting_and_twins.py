@@ -72,14 +72,15 @@ def two_critics(qf, target):
 
 
 def test_brac_twin_by_hand():
-    brac = ContinuousBRAC(3, 2, dataclasses.replace(saq_brac.Args(), beta=3.0, discount=0.5))
+    brac = ContinuousBRAC(3, 2, dataclasses.replace(saq_brac.Args(), beta=3.0, discount=0.5, lr=0.0))
     two_critics([qf.net for qf in brac.qf], [qf.net for qf in brac.qf_target])
     brac.sample = lambda obs: (torch.zeros(1, len(obs), 2), torch.full((len(obs),), 0.5))  # a KL of 1/2
     goes_on, ends = 1 + 0.5 * (3 - 3 * 0.5), 1.0
     expected = sum(((q - goes_on) ** 2 + (q - ends) ** 2) / 2 for q in (1.0, 0.0))
     assert brac.qf_loss(batch_of_ends())[0].item() == pytest.approx(expected)
     assert brac.actor_loss(batch_of_ends())[0].item() == pytest.approx(3 * 0.5 - 0)
-    brac.update_targets(1)
+    del brac.sample
+    brac.update(batch_of_ends())  # at a learning rate of 0 only the targets move
     targets = [qf.net[-1].bias.item() for qf in brac.qf_target]
     assert targets == pytest.approx([4 - 0.005 * 3, 3 - 0.005 * 3])
     constant(brac.actor.net, [0.5, -1.0, 0.0, 0.0])
@@ -87,7 +88,7 @@ def test_brac_twin_by_hand():
 
 
 def test_iql_twin_by_hand():
-    iql = ContinuousIQL(3, 2, dataclasses.replace(saq_iql.Args(), discount=0.5, expectile=0.9))
+    iql = ContinuousIQL(3, 2, dataclasses.replace(saq_iql.Args(), discount=0.5, expectile=0.9, lr=0.0))
     two_critics(iql.qf, iql.qf_target)
     constant(iql.vf, 1.0)
     batch = batch_of_ends()
@@ -98,7 +99,7 @@ def test_iql_twin_by_hand():
     goes_on, ends = 1 + 0.5 * 2, 1.0
     expected = sum(((q - goes_on) ** 2 + (q - ends) ** 2) / 2 for q in (1.0, 0.0))
     assert iql.qf_loss(batch, torch.full((64,), 2.0))[0].item() == pytest.approx(expected)
-    iql.update_targets(1)
+    iql.update(batch)  # at a learning rate of 0 only the targets move
     assert iql.q_target(batch).mean().item() == pytest.approx(3 - 0.005 * 3)
     constant(iql.actor.net, [0.5, -1.0])
     torch.testing.assert_close(iql.act(torch.randn(2, 3)), torch.tensor([0.5, -1.0]).tanh().expand(2, 2))

@@ -1,44 +1,27 @@
 """Whatever is wrong with the input: one sentence on stderr, exit code 2, no traceback, nothing lost."""
 
-import dataclasses
-import json
-import os
 import resource
 import shutil
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import dataset, run_script
+from conftest import assert_same_run, dataset, one_sentence, only_run, run_forked, run_script, succeeded, write
 
-from saq_brac import Args as BracArgs
-from saq_cql import Args
-from vqvae import UserError, check_arguments, load_arrays, make_env, make_transitions, scale_rewards
+import saq_brac
+import saq_cql
+from saq_cql import FREE_TO_EVALUATE, FREE_TO_RESUME, LIMITS, Args
+from vqvae import UserError, check_numbers, check_unchanged, load_arrays, make_env, make_transitions, scale_rewards
 
-TINY = [
-    "--vq-steps",
-    20,
-    "--steps",
-    20,
-    "--eval-every",
-    10,
-    "--eval-episodes",
-    1,
-    "--final-episodes",
-    1,
-    "--no-compare",
-]
+TINY = ["--vq-steps", 20, "--steps", 20, "--eval-every", 10, "--eval-episodes", 1, "--final-episodes", 1]
+TINY += ["--env", "tiny_envs:Tiny-v0", "--no-compare"]
 
 
-def one_sentence(process):
-    """The sentence that a failed script left, checked for form."""
-    assert process.returncode == 2, process.stdout + process.stderr
-    assert "Traceback" not in process.stderr
-    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert process.stderr.rstrip().splitlines()[-1] == line
-    return line
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Flags of a run of a second on data of tiny_envs."""
+    return [*TINY, "--dataset-path", write(tmp_path_factory.mktemp("data") / "tiny.npz", dataset(n=60, episode=5))]
 
 
 def without(*keys):
@@ -96,16 +79,22 @@ def test_bad_arrays(damage, sentence):
 
 
 def test_actions_outside_the_box_are_clipped_and_counted(capsys):
+    """Where the environment's bounds are known; where they are not, such actions are in another unit: refused."""
     arrays = dataset()
-    arrays["actions"][[3, 4]] = [[1.5], [-2.0]]
-    data, _ = make_transitions(arrays, None, torch.device("cpu"))
+    arrays["actions"] *= 2
+    arrays["actions"][[3, 4]] = [[3.0], [-4.0]]
+    data, _ = make_transitions(arrays, make_env("Pendulum-v1"), torch.device("cpu"))
     assert data.actions[3:5, 0].tolist() == [1.0, -1.0]
     assert "2 of 400 actions leave [-1, 1], up to 2: clipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"actions reach 4, and no environment tells bounds: scale to \[-1, 1\]"):
+        make_transitions(arrays, None, torch.device("cpu"))
+    arrays["actions"] = np.full_like(arrays["actions"], 1.0005)  # rounding
+    assert make_transitions(arrays, None, torch.device("cpu"))[0].actions.max() == 1
 
 
 def test_sizes_that_do_not_fit_the_environment(tmp_path):
-    np.savez(tmp_path / "d.npz", **dataset(obs_dim=7))
-    process = run_script("--env", "Pendulum-v1", "--dataset-path", tmp_path / "d.npz", "--out", tmp_path)
+    path = write(tmp_path / "d.npz", dataset(obs_dim=7))
+    process = run_forked("--env", "Pendulum-v1", "--dataset-path", path, "--out", tmp_path / "runs")
     assert "observations have size 7, those of Pendulum-v1 3" in one_sentence(process)
 
 
@@ -114,9 +103,7 @@ def empty(path):
 
 
 def truncated(path):
-    with h5py.File(path, "w") as file:
-        for key, array in dataset().items():
-            file[key] = array
+    write(path, dataset())
     path.write_bytes(path.read_bytes()[:3000])
 
 
@@ -140,9 +127,8 @@ def test_an_unreadable_file_ends_the_script(tmp_path):
 
 
 def test_unknown_environment():
-    assert "hoper-expert-v2 cannot be made: Environment `hoper-expert` doesn't exist" in one_sentence(
-        run_script("--env", "hoper-expert-v2")
-    )
+    process = run_forked("--env", "hoper-expert-v2")
+    assert "hoper-expert-v2 cannot be made: Environment `hoper-expert` doesn't exist" in one_sentence(process)
 
 
 def test_names_that_no_environment_can_have():
@@ -179,85 +165,96 @@ def make_env_of(**kwargs):
 
 
 def test_environment_without_a_dataset():
-    assert "no dataset of its own: pass --dataset-path" in one_sentence(run_script("--env", "Pendulum-v1"))
+    assert "no dataset of its own, or none is named: name a file" in one_sentence(run_forked("--env", "Pendulum-v1"))
 
 
-def test_environment_with_discrete_actions(tmp_path):
-    process = run_script("--env", "CartPole-v1", "--dataset-path", "x.npz")
+def test_environment_with_discrete_actions():
+    process = run_forked("--env", "CartPole-v1", "--dataset-path", "x.npz")
     assert "CartPole-v1 must have flat Box spaces" in one_sentence(process)
 
 
 def test_a_dataset_that_cannot_be_downloaded(tmp_path):
-    environment = {**os.environ, "D4RL_DATASET_DIR": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
-    line = one_sentence(run_script("--env", "hopper-expert-v2", env=environment))
+    environment = {"D4RL_DATASET_DIR": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
+    line = one_sentence(run_forked("--env", "hopper-expert-v2", env=environment))
     assert "could not be downloaded" in line
     assert str(tmp_path / "hopper_expert-v2.hdf5") in line
 
 
-def test_a_run_folder_that_cannot_be_written(tmp_path):
+def test_a_run_folder_that_cannot_be_written(tmp_path, tiny):
     (tmp_path / "file").write_text("in the way")
-    assert "file" in one_sentence(run_script("--out", tmp_path / "file", *TINY))
+    assert "file" in one_sentence(run_forked(*tiny, "--out", tmp_path / "file"))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, tiny):
     out = tmp_path_factory.mktemp("finished")
-    process = run_script("--out", out, *TINY)
-    assert process.returncode == 0, process.stderr
-    return next(out.iterdir())
+    succeeded(run_forked(*tiny, "--out", out))
+    return only_run(out)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
-    """Files may not grow past 1 MB, a checkpoint takes more: writing it fails as on a full disk."""
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    before = (run / "checkpoint.pt").read_bytes()
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    process = run_script("--resume", run, "--steps", 40, preexec_fn=limit)
-    assert "File too large" in one_sentence(process)
-    assert (run / "checkpoint.pt").read_bytes() == before
-    assert run_script("--resume", run, "--steps", 40).returncode == 0
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run, to be spoilt."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
-def test_a_corrupted_checkpoint(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint.pt"
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(run, tmp_path):
+    """Files may not grow past 1 MB, a checkpoint takes more: writing it fails as on a full disk. Nothing is left of
+    the attempt, and what was there goes on as if there had been none."""
+    before, straight = files(run), shutil.copytree(run, tmp_path / "straight")
+    full = run_forked("--resume", run, "--steps", 40, limits={resource.RLIMIT_FSIZE: 1_000_000})
+    assert "File too large" in one_sentence(full)
+    assert {**files(run), "args.json": None} == {**before, "args.json": None}
+    for folder in (run, straight):
+        succeeded(run_forked("--resume", folder, "--steps", 40))
+    assert_same_run(run, straight)
+
+
+def test_a_corrupted_checkpoint(run):
+    file = run / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:100_000])
     for flag in ("--resume", "--eval-only"):
-        assert "checkpoint.pt cannot be used" in one_sentence(run_script(flag, tmp_path / "run"))
+        assert "checkpoint.pt cannot be used" in one_sentence(run_forked(flag, run))
     assert file.stat().st_size == 100_000
 
 
 def test_a_checkpoint_of_another_environment(finished):
-    line = one_sentence(run_script("--resume", finished, "--env", "hopper-expert-v2"))
-    assert "has begun with env maze2d-large-demos-v1: leave out --env" in line
+    line = one_sentence(run_forked("--resume", finished, "--env", "hopper-expert-v2"))
+    assert "has begun with env tiny_envs:Tiny-v0: leave env out" in line
 
 
-def test_a_checkpoint_of_other_networks(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    about = json.loads((tmp_path / "run" / "args.json").read_text())
-    about["args"]["num_codes"] = 7
-    (tmp_path / "run" / "args.json").write_text(json.dumps(about))
-    assert "checkpoint.pt cannot be used" in one_sentence(run_script("--resume", tmp_path / "run"))
+def test_a_checkpoint_of_other_networks(run):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["args"]["num_codes"] = 7
+    torch.save(state, run / "checkpoint.pt")
+    assert "checkpoint.pt cannot be used" in one_sentence(run_forked("--resume", run))
+
+
+def test_a_checkpoint_of_another_script(finished):
+    """It has other arguments than this one knows."""
+    one_sentence(run_forked("--resume", finished, script="saq_iql.py"))
 
 
 @pytest.mark.parametrize("flag", [("num_codes", 7), ("lr", 0.1), ("vq_steps", 40), ("compare", True), ("out", "x")])
 def test_what_a_resumed_run_may_not_change(flag):
-    begun = Args(compare=False)
-    check_arguments(dataclasses.replace(begun, steps=80_000, resume="r", act="sample"), begun)
-    with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave out --{flag[0].replace('_', '-')}"):
-        check_arguments(dataclasses.replace(begun, **dict([flag])), begun)
+    begun = vars(Args(compare=False))
+    moved = dict(dataset_path="elsewhere.npz", device="cuda", compile="on", track=True, eval_every=7, video=1)
+    check_unchanged(begun | moved | dict(steps=80_000, resume="r", act="sample"), begun, FREE_TO_RESUME)
+    with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave {flag[0]} out"):
+        check_unchanged(begun | dict([flag]), begun, FREE_TO_RESUME)
 
 
 @pytest.mark.parametrize("flag", [("steps", 9), ("final_episodes", 9), ("seed", 9)])
 def test_what_an_evaluation_would_ignore(flag):
-    moved = dict(act="sample", dataset_path="elsewhere.npz", track=False)
-    check_arguments(dataclasses.replace(Args(), eval_only="r", eval_episodes=9, **moved), Args(track=True))
-    with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave out --{flag[0].replace('_', '-')}"):
-        check_arguments(dataclasses.replace(Args(), eval_only="r", **dict([flag])), Args())
+    moved = dict(act="sample", dataset_path="elsewhere.npz", device="cuda", video=1)
+    begun = vars(Args())
+    check_unchanged(begun | moved | dict(eval_only="r", eval_episodes=9), begun, FREE_TO_EVALUATE)
+    with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave {flag[0]} out"):
+        check_unchanged(begun | dict([flag]), begun, FREE_TO_EVALUATE)
 
 
 @pytest.mark.parametrize(
@@ -265,27 +262,30 @@ def test_what_an_evaluation_would_ignore(flag):
     [("steps", 0), ("final_episodes", 0), ("target_every", 0), ("lr", -1.0), ("discount", 1.1), ("seed", -1)],
 )
 def test_numbers_out_of_range(field):
-    with pytest.raises(UserError, match=f"--{field[0].replace('_', '-')} must be between"):
-        check_arguments(dataclasses.replace(Args(), **dict([field])))
+    check_numbers(vars(Args()), LIMITS)
+    with pytest.raises(UserError, match=f"{field[0]} must be a number between"):
+        check_numbers(vars(Args()) | dict([field]), LIMITS)
 
 
 def test_brac_without_an_actor_needs_an_alpha():
-    check_arguments(dataclasses.replace(BracArgs(), alpha=0.0))
-    with pytest.raises(UserError, match="--actor-free divides by alpha"):
-        check_arguments(dataclasses.replace(BracArgs(), alpha=0.0, actor_free=True))
+    vqvae = saq_cql.ActionVQVAE(3, 1, 4)
+    saq_brac.DiscreteBRAC(3, vqvae, saq_brac.Args(alpha=0.0))
+    with pytest.raises(UserError, match="without an actor the policy is divided by alpha"):
+        saq_brac.DiscreteBRAC(3, vqvae, saq_brac.Args(alpha=0.0, actor_free=True))
 
 
 def test_a_number_out_of_range_ends_the_script():
-    assert "--temperature must be between" in one_sentence(run_script("--temperature", 0, script="saq_iql.py"))
+    line = one_sentence(run_forked("--temperature", 0, script="saq_iql.py"))
+    assert "temperature must be a number between" in line
 
 
 def test_resuming_and_evaluating_exclude_each_other(finished):
-    process = run_script("--resume", finished, "--eval-only", finished)
+    process = run_forked("--resume", finished, "--eval-only", finished)
     assert "--resume and --eval-only exclude each other" in one_sentence(process)
 
 
 def test_cloning_refuses_what_it_would_ignore():
-    assert "cloning reads no rewards" in one_sentence(run_script("--discount", 0.9, script="saq_bc.py"))
+    assert "cloning reads no rewards" in one_sentence(run_forked("--discount", 0.9, script="saq_bc.py"))
 
 
 def test_returns_that_cannot_be_scaled():
@@ -296,12 +296,12 @@ def test_returns_that_cannot_be_scaled():
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    assert "is not the folder of a run" in one_sentence(run_script("--resume", tmp_path))
-    (tmp_path / "args.json").write_text(json.dumps({"args": {"env": "x", "no_such_field": 1}}))
-    assert "is not the folder of a run" in one_sentence(run_script("--resume", tmp_path))
+    assert "checkpoint.pt cannot be used" in one_sentence(run_forked("--resume", tmp_path))
+    torch.save({"args": {"env": "x", "no_such_field": 1}}, tmp_path / "checkpoint.pt")
+    assert "checkpoint.pt cannot be used" in one_sentence(run_forked("--resume", tmp_path))
 
 
 def test_an_unknown_flag():
-    process = run_script("--no-such-flag")
+    process = run_forked("--no-such-flag")
     assert process.returncode == 2
     assert "Traceback" not in process.stderr

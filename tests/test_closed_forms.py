@@ -15,6 +15,7 @@ from saq_cql import Actor, Args, ContinuousCQL, DiscreteCQL, exact_log_z, learn
 from vqvae import (
     ActionVQVAE,
     Transitions,
+    adamw,
     codebook_health,
     describe_health,
     fit,
@@ -72,11 +73,11 @@ def test_chain_mdp():
     done = ((s == states - 1) & (a == 1)).float()
     one_hot = torch.eye(states)
     data = Transitions(one_hot[s], torch.zeros(len(s), 1), done, one_hot[next_s], done, a)
-    args = dataclasses.replace(Args(), alpha=0.0, discount=discount, steps=3000, lr=1e-3, average=0.0, compile=False)
+    args = dataclasses.replace(Args(), alpha=0.0, discount=discount, steps=3000, lr=1e-3, average=0.0, compile="off")
     args.batch_size, args.target_every = 32, 20
     agent = DiscreteCQL(states, ActionVQVAE(states, 1, 2, hidden=(8,)), args)
     agent.qf, agent.qf_target = mlp(states, 2, (64,)), mlp(states, 2, (64,))
-    agent.optimizer = torch.optim.Adam(agent.qf.parameters(), lr=1e-3)
+    agent.optimizer = adamw(agent.qf.parameters(), 1e-3)
     for _ in learn(agent, data, args, 0):
         pass
     optimal = torch.zeros(states, 2)
@@ -111,22 +112,18 @@ def test_acting_by_sampling_follows_softmax_q():
 
 
 def test_targets_are_copied_and_averaged():
+    """Inside `update`: the target every third step, the average at a rate of 1 / step that falls to 0.25."""
     args = dataclasses.replace(Args(), target_every=3, average=0.25)
     agent = DiscreteCQL(3, ActionVQVAE(3, 2, 8, hidden=(8,)), args)
-    first = agent.qf[0].weight.clone()
-    agent.update(random_batch())
-    agent.update_targets(1)
-    one = agent.qf[0].weight.clone()
-    torch.testing.assert_close(agent.qf_average[0].weight, one)  # of the first 1 / 0.25 steps a plain mean
-    agent.update(random_batch())
-    agent.update_targets(2)
-    torch.testing.assert_close(agent.qf_average[0].weight, (one + agent.qf[0].weight) / 2)
-    before = agent.qf_average[0].weight.clone()
-    agent.update_targets(7)
-    torch.testing.assert_close(agent.qf_average[0].weight, 0.75 * before + 0.25 * agent.qf[0].weight)
-    assert torch.equal(agent.qf_target[0].weight, first)
-    agent.update_targets(3)
-    assert torch.equal(agent.qf_target[0].weight, agent.qf[0].weight)
+    first, steps = agent.qf[0].weight.clone(), []
+    for step in range(1, 7):
+        before = agent.qf_average[0].weight.clone()
+        agent.update(random_batch())
+        steps.append(agent.qf[0].weight.clone())
+        mean = torch.stack(steps).mean(0) if step <= 4 else 0.75 * before + 0.25 * steps[-1]
+        torch.testing.assert_close(agent.qf_average[0].weight, mean)
+        assert torch.equal(agent.qf_target[0].weight, [first, *steps][step // 3 * 3])
+    assert (agent.step.item(), agent.step.dtype) == (6, torch.float64)
 
 
 def test_polyak_update():

@@ -8,12 +8,13 @@ import time
 import warnings
 from pathlib import Path
 
+import conftest
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, dataset, from_pypi, make_minari, run_script
+from conftest import SHARED_DATA, dataset, from_pypi, make_minari, one_sentence, run_forked, succeeded
 from gymnasium.utils.env_checker import check_env
 
 from vqvae import UserError, find_ends, load_arrays, make_env, make_transitions, scoring
@@ -22,10 +23,7 @@ CPU = torch.device("cpu")
 
 
 def write(path, arrays):
-    with h5py.File(path, "w") as file:
-        for key, array in arrays.items():
-            file.create_dataset(key, data=array, compression="gzip")  # as D4RL writes its files
-    return str(path)
+    return conftest.write(path, arrays, compression="gzip")  # as D4RL writes its files
 
 
 def without_timeouts(arrays, terminals=()):
@@ -85,6 +83,9 @@ def test_columns_of_one_number_and_of_unequal_lengths(tmp_path):
     columns = arrays | {key: arrays[key][:, None] for key in ("rewards", "terminals", "timeouts")}
     for key, array in load_arrays(write(tmp_path / "k.hdf5", columns), env).items():
         assert key == "returns" or np.array_equal(array, arrays[key])
+    for several in ({key: arrays[key][:, None].repeat(3, 1)} for key in ("rewards", "terminals", "timeouts")):
+        with pytest.raises(UserError, match=r"have shape \(400, 3\), not one number a row"):
+            load_arrays(write(tmp_path / "s.hdf5", arrays | several), env)
     with pytest.raises(UserError, match="different lengths"):
         load_arrays(write(tmp_path / "l.hdf5", arrays | {"rewards": arrays["rewards"][:-1]}), env)
 
@@ -145,8 +146,8 @@ def test_door_episodes_end_by_timeouts():
 def test_all_scripts_on_door(tmp_path, script):
     options = "--env door-human-v0 --vq-steps 30 --steps 30 --eval-every 30 --eval-episodes 1 --final-episodes 2"
     data = SHARED_DATA / "door-human-v0.hdf5"
-    process = run_script(*options.split(), "--dataset-path", data, "--out", tmp_path, script=f"{script}.py")
-    assert process.returncode == 0, process.stderr
+    process = run_forked(*options.split(), "--dataset-path", data, "--out", tmp_path, script=f"{script}.py")
+    succeeded(process)
     assert "6704 transitions, 25 episodes, returns 230.1 to 1496.2" in process.stdout
     result = json.loads(next(tmp_path.glob("*/result.json")).read_text())
     assert np.isfinite([result[script]["score"], result[script.removeprefix("saq_")]["score"]]).all()
@@ -338,8 +339,7 @@ def test_lift_in_gymnasium(tmp_path):
         warnings.simplefilter("ignore")  # advice about Box bounds
         check_env(env.unwrapped, skip_render_check=True)
     options = "--env lift-ph --vq-steps 30 --steps 30 --eval-every 30 --eval-episodes 1 --final-episodes 1 --no-compare"
-    process = run_script(*options.split(), "--dataset-path", LIFT, "--out", tmp_path, script="saq_bc.py")
-    assert process.returncode == 0, process.stderr
+    process = succeeded(run_forked(*options.split(), "--dataset-path", LIFT, "--out", tmp_path, script="saq_bc.py"))
     assert "531 transitions, 10 episodes, returns 1.0 to 1.0" in process.stdout
     assert "do not compare with robomimic's" in process.stdout
 
@@ -351,8 +351,7 @@ def test_a_minari_dataset_trains_and_is_scored(tmp_path):
     environment = make_minari(tmp_path / "minari", "Pendulum-v1", "tests/pendulum/random-v0", "-1500", "-150")
     options = "--env tests/pendulum/random-v0 --vq-steps 30 --steps 30 --eval-every 30 --eval-episodes 2"
     options += " --final-episodes 2 --num-codes 4 --no-compare"
-    process = run_script(*options.split(), "--out", tmp_path / "runs", env=environment)
-    assert process.returncode == 0, process.stderr
+    process = succeeded(run_forked(*options.split(), "--out", tmp_path / "runs", env=environment))
     assert "60 transitions, 3 episodes" in process.stdout
     assert "0 at a return of -1500, 100 at -150, by Minari's references, which are not D4RL's" in process.stdout
     result = json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())["saq_cql"]
@@ -496,10 +495,28 @@ def test_two_versions_of_a_file_are_never_joined(server):
     httpd, env, path = server
     httpd.behaviour = {"cut": 4_000}
     failure(env, path)
-    httpd.behaviour, httpd.body = {"version": "2"}, httpd.body[::-1]
-    with pytest.raises(OSError, match="is damaged"):  # the whole of the new one: not HDF5, but not a mixture
-        env.get_dataset()
+    write(path.with_name("second.hdf5"), dataset(obs_dim=11, action_dim=3, seed=1))
+    httpd.behaviour, httpd.body = {"version": "2"}, path.with_name("second.hdf5").read_bytes()
+    env.get_dataset()
     assert path.read_bytes() == httpd.body
+
+
+@pytest.mark.parametrize("body", [b"<html>Sign in, please</html>", b""])
+def test_a_page_in_place_of_a_file_is_not_kept(server, body):
+    """A login page with status 200, or an empty answer: nothing is left that would be read the next time."""
+    httpd, env, path = server
+    hdf5, httpd.body = httpd.body, body
+    assert "no HDF5 file" in failure(env, path)
+    assert [name for name in files(path.parent) if not name.endswith(".lock")] == []
+    httpd.body = hdf5
+    assert env.get_dataset()["observations"].shape == (400, 11)
+
+
+@pytest.mark.parametrize("folder", ["~nosuchuser/data", "~nosuchuser"])
+def test_a_home_directory_that_there_is_not(monkeypatch, folder):
+    monkeypatch.setenv("D4RL_DATASET_DIR", folder)
+    process = run_forked("--env", "hopper-expert-v2")
+    assert f"{folder} has no home directory here: set D4RL_DATASET_DIR" in one_sentence(process)
 
 
 @pytest.mark.parametrize(
@@ -594,8 +611,5 @@ def test_200_damaged_files(tmp_path):
 def test_a_damaged_file_ends_a_script(tmp_path):
     path = tmp_path / "d.hdf5"
     damaged("flipped", dataset(), path, np.random.default_rng(2))
-    process = run_script("--env", "Pendulum-v1", "--dataset-path", path, "--out", tmp_path / "runs")
-    assert process.returncode == 2
-    assert "Traceback" not in process.stderr
-    assert process.stderr.splitlines()[-1].startswith("error: ")
+    one_sentence(run_forked("--env", "Pendulum-v1", "--dataset-path", path, "--out", tmp_path / "runs"))
     assert not Path(tmp_path / "runs").exists()

@@ -12,7 +12,7 @@ from test_closed_forms import random_batch
 from test_parity import assert_same, batch, load_mlp, official
 
 from saq_iql import Args, ContinuousIQL, DiscreteIQL, expectile, expectile_loss, learn
-from vqvae import ActionVQVAE, Transitions, adam, minimize, mlp
+from vqvae import ActionVQVAE, Transitions, adamw, minimize, mlp
 
 CRITIC = "VmapStateActionValue_0/MLP_0"
 
@@ -157,7 +157,7 @@ def test_probe_environment(exact):
     args.temperature, args.polyak, args.exact_expectile, args.lr = 0.02, 0.05, exact, 1e-3
     iql = DiscreteIQL(2, ActionVQVAE(2, 1, 2, hidden=(8,)), args)
     iql.vf, iql.qf, iql.qf_target = mlp(2, 1, (32,)), mlp(2, 2, (32,)), mlp(2, 2, (32,))
-    iql.vf_optimizer, iql.qf_optimizer = adam(iql.vf.parameters(), args.lr), adam(iql.qf.parameters(), args.lr)
+    iql.vf_optimizer, iql.qf_optimizer = adamw(iql.vf.parameters(), args.lr), adamw(iql.qf.parameters(), args.lr)
     for _ in learn(iql, data, args, 0):
         pass
     torch.testing.assert_close(iql.qf(obs[:1])[0], torch.tensor([0.2, 0.9]), atol=0.05, rtol=0)
@@ -192,7 +192,7 @@ def test_twin_updates_each_network_by_its_own_loss():
     iql, batch = ContinuousIQL(3, 2, Args()), random_batch()
     other = copy.deepcopy(iql)
     for optimizer, network in [("vf", other.vf), ("qf", other.qf), ("actor", other.actor)]:
-        setattr(other, f"{optimizer}_optimizer", adam(network.parameters(), 3e-4))
+        setattr(other, f"{optimizer}_optimizer", adamw(network.parameters(), 3e-4))
     iql.update(batch)
     q = other.q_target(batch)
     minimize(*other.v_loss(batch, q), other.vf_optimizer)
@@ -211,11 +211,13 @@ def test_actor_density_integrates_to_one():
     assert torch.trapezoid(density, grid[:, 0]).item() == pytest.approx(1, abs=1e-4)
 
 
-def test_learning_rate_of_the_twins_policy_ends_at_zero():
+def test_learning_rate_of_the_twins_policy_falls_along_a_cosine():
+    """From the whole of it in the first step; after the last one it would be 0."""
     iql = ContinuousIQL(3, 2, dataclasses.replace(Args(), steps=10))
     rates = []
-    for step in range(1, 11):
-        iql.update_targets(step)
+    for _ in range(11):
+        iql.update(random_batch())
         rates.append(iql.actor_optimizer.param_groups[0]["lr"].item())
-    assert rates[4] == pytest.approx(1.5e-4)
-    assert rates[-1] == pytest.approx(0, abs=1e-10)
+    assert rates[0] == pytest.approx(3e-4)
+    assert rates[5] == pytest.approx(1.5e-4)
+    assert rates[10] == pytest.approx(0, abs=1e-10)

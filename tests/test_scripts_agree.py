@@ -2,13 +2,16 @@
 
 import ast
 import difflib
+import io
 import itertools
+import tokenize
 
 import pytest
 from conftest import ROOT
 
 SCRIPTS = ["saq_cql.py", "saq_iql.py", "saq_brac.py", "saq_bc.py"]
-SHARED = {"parse_args", "make_eval_envs", "choose", "evaluate", "assess", "Run", "learn", "report", "main"}
+SHARED = {"choose", "defaults", "parse_args", "make_eval_envs", "evaluate", "assess", "Run", "learn", "report", "plot"}
+SHARED |= {"film", "main"}
 OWN = {"Args", "Actor", "make_agents"}  # alike in name only
 
 
@@ -47,12 +50,31 @@ def test_shared_arguments_are_the_same(script):
     assert block(script) == block("saq_cql.py")
 
 
+def code_lines(source):
+    """The numbers of the lines that hold code: a token that is neither comment nor docstring."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {line for t in tokens if t.type not in silent for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def test_what_counts_as_code():
+    source = '"""Docstring\n\nof two."""\n# comment\n\nx = """text\nof two"""  # code\ny = [\n    1,\n]\n'
+    assert code_lines(source) == {6, 7, 8, 9, 10}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_stay_short(script):
-    lines = (ROOT / script).read_text().splitlines()
-    assert len(lines) <= 550
-    functions = [n for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.FunctionDef)]
+    """In lines of code; and the algorithm comes first."""
+    source = (ROOT / script).read_text()
+    assert len(code_lines(source)) <= 420
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert max(f.end_lineno - f.lineno + 1 for f in functions) <= 60
+    (agent,) = (node for name, node in definitions(script).items() if name.startswith("Discrete"))
+    assert agent.lineno < 120
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SCRIPTS, 2)))
