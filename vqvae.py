@@ -255,20 +255,24 @@ def plot_codes(vqvae, obs, actions, states=6):
 
     rows = torch.linspace(0, len(obs) - 1, states, device=obs.device).long()
     codes = torch.arange(vqvae.num_codes, device=obs.device)
-    figure = Figure(figsize=(2 * states, 2.6), layout="constrained")
-    figure.suptitle("What the codes mean in six states of the data: a code is a colour, black is the data's own action")
-    for axes, o, action in zip(figure.subplots(1, states), obs[rows], actions[rows].cpu(), strict=True):
-        decoded = vqvae.decode(o.expand(vqvae.num_codes, -1), codes).clamp(-1, 1).cpu()  # (K, A)
-        usual = vqvae.prior_logits(o).softmax(0).cpu()
-        faded = (0.1 + 0.9 * usual / usual.max()).tolist()
-        for k in usual.argsort().tolist():
-            style = {"color": f"C{k % 10}", "alpha": faded[k]}
-            if len(action) == 2:
+    figure = Figure(figsize=(2 * states, 3), layout="constrained")
+    figure.suptitle(
+        "What the codes mean in some states of the data: a code is a colour, black is the data's own action"
+    )
+    for axes, row in zip(figure.subplots(1, states, sharey=True), rows.tolist(), strict=True):
+        decoded = vqvae.decode(obs[row].expand(vqvae.num_codes, -1), codes).clamp(-1, 1).cpu()  # (K, A)
+        action, usual = actions[row].cpu(), vqvae.prior_logits(obs[row]).softmax(0).cpu()  # (A,), (K,)
+        flat = len(action) == 2
+        for k in usual.argsort().tolist():  # the usual ones on top
+            style = {"color": f"C{k % 10}", "alpha": float(0.1 + 0.9 * usual[k] / usual.max())}
+            if flat:
                 axes.annotate("", decoded[k], (0, 0), arrowprops={"arrowstyle": "->", "linewidth": 2, **style})
             else:
                 axes.plot(decoded[k], "_", markersize=12, markeredgewidth=2, **style)
-        axes.plot(*(([action[0]], [action[1]]) if len(action) == 2 else (action,)), "k.")
-        axes.set(xlim=(-1.1, 1.1) if len(action) == 2 else None, ylim=(-1.1, 1.1))
+        axes.plot(*(action[:, None] if flat else [action]), "k.")
+        axes.set(title=f"row {row}", xlabel="a[0]" if flat else "dimension of the action", ylim=(-1.1, 1.1))
+        if flat:
+            axes.set(xlim=(-1.1, 1.1), aspect="equal")
     return figure
 
 
@@ -470,7 +474,7 @@ def write_file(path, content):
 
 
 def read_checkpoint(path, like, device="cpu", parts=None):
-    """What torch.save wrote to `path`: a dict with the keys of `like`, values of their types, and their keys where those
+    """What torch.save wrote to `path`: a dict with the keys of `like`, values of their types, and their keys where they
     are dicts that hold something. The state of each of `parts`, modules and optimizers by name, is loaded from its
     "parts". Nothing in the file is executed. Raises UserError where it is missing, foreign, damaged in any byte, or
     holds numbers that are not finite."""
