@@ -71,6 +71,7 @@ class Args:
     video: int = 0  # episodes of each agent to film at the end
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
+    vq_batch_size: int = 256  # transitions that each of them sees
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
@@ -78,7 +79,7 @@ class Args:
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
-    batch_size: int = 256  # transitions a gradient step sees
+    batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
@@ -100,8 +101,8 @@ class Args:
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
 # command line wins over the row. The paper prints no hyperparameters; what it says of the authors is from their code.
 HPARAMS = {
-    # Chosen here, on these demonstrations and on data that stand in for hopper-expert.
-    "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
+    # Chosen here, on these demonstrations (small enough for five minutes) and on data that stand in for hopper-expert.
+    "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=6_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
     # The middle of what the authors' scripts sweep (15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen). For the
     # rest nothing was released: ours, untried, and for antmaze CORL's CQL (rewards 10 r - 5, alpha 5).
@@ -308,7 +309,7 @@ PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, 
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 LIMITS = {  # what a number must at least be, and at most
-    "steps vq_steps batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
+    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "lr weight_decay reward_scale revive_every video alpha cql_alpha": (0, 1e9),
     "target_every cql_samples": (1, 1e9),
     "discount polyak average": (0, 1),
@@ -558,7 +559,7 @@ def main():
     # 1. Fit the quantizer on the dataset's states and actions.
     options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, **options)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
     write_file(run.folder / "codes.png", plot_codes(vqvae, data.obs, data.actions).savefig)

@@ -70,6 +70,7 @@ class Args:
     video: int = 0  # episodes of each agent to film at the end
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
+    vq_batch_size: int = 256  # transitions that each of them sees
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
@@ -77,7 +78,7 @@ class Args:
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
-    batch_size: int = 256  # transitions a gradient step sees
+    batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
@@ -307,7 +308,7 @@ PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, 
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 LIMITS = {  # what a number must at least be, and at most
-    "steps vq_steps batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
+    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "lr weight_decay reward_scale revive_every video beta": (0, 1e9),
     "discount polyak": (0, 1),
     "expectile": (0.001, 0.999),
@@ -559,7 +560,7 @@ def main():
     # 1. Fit the quantizer on the dataset's states and actions.
     options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.batch_size, **options)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
     write_file(run.folder / "codes.png", plot_codes(vqvae, data.obs, data.actions).savefig)

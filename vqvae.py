@@ -327,7 +327,7 @@ def polyak_update(target, network, rate):
     """target <- (1 - rate) target + rate network. The rate is a number, or a tensor () that changes from step to step:
     1 copies the network, 0 leaves the target alone."""
     for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
-        slow.lerp_(fast, rate)
+        slow.lerp_(fast, rate.to(slow.dtype) if isinstance(rate, torch.Tensor) else rate)
 
 
 def accelerate(update, device, compile="off", steps=0):

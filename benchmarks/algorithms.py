@@ -26,7 +26,7 @@ COLUMNS = ["task", "agent", "seed", "last_5_mean", "last_5_std", "final", "comma
 AGENTS = ["saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac", "saq_bc", "bc", "gaussian_bc"]
 # Task: the file in --data (none for the demonstrations that ship here), and flags of this task alone.
 TASKS = {
-    "maze2d-large-demos-v1": (None, "--vq-steps 15000"),
+    "maze2d-large-demos-v1": (None, "--vq-steps 15000 --batch-size 256"),
     # All episodes of this file return nearly the same, which IQL's scaling of rewards would blow up.
     "hopper-expert-v2": ("hopper_expert-standin.hdf5", "--vq-steps 10000 --reward-scale 1"),
     "hopper-medium-v2": ("hopper_medium-standin.hdf5", "--vq-steps 10000"),
