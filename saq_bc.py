@@ -224,7 +224,7 @@ FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 LIMITS = {  # what a number must at least be, and at most
     "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "lr weight_decay revive_every video": (0, 1e9),
+    "lr revive_every video": (0, 1e9),
     "seed": (0, 2**32 - 1),
 }
 # The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
@@ -277,7 +277,7 @@ def evaluate(agent, vqvae, envs, episodes, seed=1_000):
         total, running = np.zeros(n), np.ones(n, bool)
         while running.any():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=vqvae.obs_mean.device)
-            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, 10 - n))))[:n].cpu().numpy()
+            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, max(0, 10 - n)))))[:n].cpu().numpy()
             obs, rewards, terminated, truncated, _ = envs.step(actions)
             total += rewards * running
             running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts

@@ -86,9 +86,7 @@ class Args:
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
     act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
     # --- SAQ-CQL ---
-    alpha: float = (
-        20.0  # weight of the penalty beside the squared TD error; beside half of it (the paper) 10 is the same
-    )
+    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10
     target_every: int = 200  # steps between two copies of the Q network into its target
     weight_decay: float = 1e-3  # AdamW's weight decay (the official code hands it to Adam as beta1, by mistake)
     average: float = 0.001  # rate of the running average of the Q network that acts; 0: the trained network acts
@@ -365,7 +363,7 @@ def evaluate(agent, vqvae, envs, episodes, seed=1_000):
         total, running = np.zeros(n), np.ones(n, bool)
         while running.any():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=vqvae.obs_mean.device)
-            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, 10 - n))))[:n].cpu().numpy()
+            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, max(0, 10 - n)))))[:n].cpu().numpy()
             obs, rewards, terminated, truncated, _ = envs.step(actions)
             total += rewards * running
             running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts

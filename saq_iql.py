@@ -366,7 +366,7 @@ def evaluate(agent, vqvae, envs, episodes, seed=1_000):
         total, running = np.zeros(n), np.ones(n, bool)
         while running.any():
             obs = torch.as_tensor(obs, dtype=torch.float32, device=vqvae.obs_mean.device)
-            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, 10 - n))))[:n].cpu().numpy()
+            actions = agent.act(vqvae.normalize(F.pad(obs, (0, 0, 0, max(0, 10 - n)))))[:n].cpu().numpy()
             obs, rewards, terminated, truncated, _ = envs.step(actions)
             total += rewards * running
             running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts

@@ -1,6 +1,6 @@
 """SAQ-CQL on three maze demonstrations, step by step: what `python saq_cql.py` does, in cells to be run one at a time.
 
-    python demos/walkthrough.py        (or cell by cell, in an editor that knows `# %%`; two minutes on a core)
+    python demos/walkthrough.py        (or cell by cell, in an editor that knows `# %%`; a minute on a core)
 
 Figures go to $WALKTHROUGH_FIGURES, by default a folder among the system's temporary files; in a notebook they are shown
 as well. $WALKTHROUGH_STEPS shortens it: gradient steps of the quantizer, and of the agent.

@@ -144,3 +144,15 @@ def blow_up(update):
                 [p.mul_(1e30) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
     vqvae.apply_gradients = apply_gradients
+
+
+def sketch_figures():
+    """Figures in no time: their text, a hundred times."""
+    from matplotlib.figure import Figure
+
+    def savefig(figure, file):
+        titles = [axes.get_title() for axes in figure.axes]
+        lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
+        file.write(repr((titles, lines)).encode() * 100)
+
+    Figure.savefig = savefig
