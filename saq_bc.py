@@ -9,7 +9,8 @@ a classifier, which keeps as many modes as there are codes, and whose loss is ex
     3. `DiscreteBC.update` trains a network with K outputs by the cross-entropy -log pi(k | s)
     4. `DiscreteBC.act` decodes a code of pi; its twins, `DeterministicBC` and `GaussianBC`, learn the same data
 
-Unlike in the authors' code, the quantizer's learning rate falls to 0 and dead codes are revived (--plain undoes both).
+Unlike in the authors' code (docs/saq_bc.md has all): the quantizer's learning rate falls to 0; codes that no action
+chooses are revived (--plain undoes both).
 
     python saq_bc.py                                              # three maze demonstrations
     python saq_bc.py --env door-human-v0 --no-compare             # a D4RL name; downloads the dataset once
@@ -50,20 +51,20 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
-    normalize_obs: bool = False  # measure observations in the dataset's mean and standard deviation
+    normalize_obs: bool = False  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
-    plain: bool = False  # the authors' settings, without what is added here (PLAIN, in "One run")
+    plain: bool = False  # the authors' settings, without what is added here: the fields of PLAIN
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
     track: bool = False  # log to Weights & Biases as well
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where tensors live
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: where --steps is at least 10_000
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: for 10_000 steps or more
     log_every: int = 500  # steps between two log entries
     eval_every: int = 5_000  # steps between two evaluations, each after a checkpoint
-    eval_episodes: int = 10  # episodes of each evaluation during training
+    eval_episodes: int = 10  # episodes of each evaluation during training, and of --eval-only
     final_episodes: int = 100  # episodes of the final evaluation
     video: int = 0  # episodes of each agent to film at the end
     # --- Quantizer ---
@@ -72,7 +73,7 @@ class Args:
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
-    revive_every: int = 100  # every so many steps, move codes that no action chooses to where actions are; 0: never
+    revive_every: int = 100  # every so many steps, until 90% are done, move unchosen codes to where actions are
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
@@ -215,11 +216,11 @@ def make_agents(obs_dim, action_dim, vqvae, args):
     return agents | (twins if args.compare else {})
 
 
-# --- One run: nothing from here to `main` has to do with SAQ ---
+# --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
 PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, act="greedy")
-# What a command may change when a run goes on, and when the policies of a run are evaluated.
+# What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 LIMITS = {  # what a number must at least be, and at most
@@ -227,9 +228,6 @@ LIMITS = {  # what a number must at least be, and at most
     "lr revive_every video": (0, 1e9),
     "seed": (0, 2**32 - 1),
 }
-# The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
-DIAGNOSIS = "mean squared error of actions"
-LINES = {"action_error": "-"}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
@@ -243,7 +241,7 @@ def defaults(env="maze2d-large-demos-v1", plain=False):
 def parse_args():
     """The command line over the defaults of its task or, where a run goes on, over what that run began with."""
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    args = tyro.cli(Args, args=words)  # a first look: which task, which run?
+    args = tyro.cli(Args, args=words)  # a first look, for the task or the run; --help waits for their defaults
     if args.resume is not None and args.eval_only is not None:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     folder = args.eval_only if args.resume is None else args.resume
@@ -252,7 +250,7 @@ def parse_args():
         state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
-    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no run takes steps back
+    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
     check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
@@ -269,7 +267,7 @@ def make_eval_envs(spec, episodes, *wrappers, **kwargs):
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    always act for ten states at once: what one draws in an episode may not depend on how many others run beside it."""
+    are always asked for ten actions, so that what one draws does not depend on how many environments run."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -304,7 +302,8 @@ class Run:
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum):
-        self.args, self.parts, self.updating, self.stopping = args, parts_of(learners), False, False
+        self.args, self.updating, self.stopping = args, False, False
+        self.parts = parts_of(learners)  # the learners and their optimizers
         self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
@@ -365,13 +364,14 @@ class Run:
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
         evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
-        start, numbers = self.state["done"].get(phase, 0), torch.cuda if self.args.device == "cuda" else torch
+        start = self.state["done"].get(phase, 0)
+        rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before
         if stream in self.state["rng"]:
-            numbers.set_rng_state(self.state["rng"][stream].cpu())
+            rng.set_rng_state(self.state["rng"][stream].cpu())
         else:
             torch.manual_seed(self.args.seed + start)
-        if self.state["due"] == phase:
+        if self.state["due"] == phase:  # --resume begins with the evaluation that came next
             self.log(phase, start, evaluation())
         pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
         bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True, mininterval=pause)
@@ -381,7 +381,7 @@ class Run:
             if evaluate_now or step % self.args.log_every == 0:
                 self.log(phase, step, {name: value.item() for name, value in info.items()})
             if evaluate_now or self.stopping:
-                self.state["done"][phase], self.state["rng"][stream] = step, numbers.get_rng_state()
+                self.state["done"][phase], self.state["rng"][stream] = step, rng.get_rng_state()
                 self.state["due"] = phase if evaluate_now else ""
                 self.save()
             if self.stopping:
@@ -398,6 +398,7 @@ class Run:
 
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
+    # The update itself, compiled or as a CUDA graph.
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
     for step in range(start + 1, args.steps + 1):
         yield step, update()
@@ -418,6 +419,11 @@ def report(run, agents, vqvae, task, episodes):
     return result
 
 
+# The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
+DIAGNOSIS = "mean squared error of actions"
+LINES = {"action_error": "-"}
+
+
 def plot(run, names, task):
     """The figure: scores over training, and beside them what each agent's `diagnose` found."""
     figure = Figure(figsize=(3.5 * (1 + len(names)), 3.6), layout="constrained")
@@ -434,7 +440,7 @@ def plot(run, names, task):
 
 
 def film(agents, vqvae, task, episodes, folder):
-    """Films `episodes` episodes of each agent, from the evaluation's starts, with Gymnasium's recorder."""
+    """Films `episodes` episodes of each agent, from the evaluation's starts; a policy that samples draws anew."""
     for name, agent in agents.items() if episodes else ():
         record = partial(RecordVideo, video_folder=str(folder), episode_trigger=lambda _: True, name_prefix=name)
         try:
@@ -468,7 +474,7 @@ def main():
         return film(trained, vqvae, task, args.video, run.folder)
     print(f"run: {run.folder}")
 
-    # 1. Fit the quantizer on the dataset's states and actions.
+    # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
     options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)

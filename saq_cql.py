@@ -1,25 +1,26 @@
 """SAQ-CQL: conservative Q-learning on quantized actions, beside the continuous CQL that it replaces.
 
 Offline RL learns from a fixed dataset. Q-learning's target, r + gamma max_a Q(s', a), then seeks out actions whose Q is
-too high by mistake, and no new data ever correct them. CQL pushes Q down on all actions and up on the dataset's own.
-Over continuous actions "all" is an integral, estimated from samples, and badly so where the data are narrow; over the K
-codes of a VQ-VAE it is a sum of K terms. The steps, and who does them:
+too high by mistake, and no new data ever correct them. CQL pushes Q down on all actions, by their log-sum-exp (a smooth
+maximum), and up on the dataset's own. Over continuous actions that is an integral, estimated from samples, and badly
+where the data fill a sliver of the space. Over the K codes of a VQ-VAE, an autoencoder with only K values in its
+middle, it is a sum of K terms. The steps, and who does them:
 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
-    3. `DiscreteCQL.update` trains a network Q(s, .) with K outputs; y = r + gamma Q_target(s', argmax_j Q(s', j)):
+    3. `DiscreteCQL.update` trains Q(s, .), K outputs; y = r + gamma Q_target(s', argmax_j Q(s', j)), at terminals r:
            (Q(s, k) - y)^2 + alpha (log sum_j exp Q(s, j) - Q(s, k))        TD error + exact penalty (Eq. 12)
-    4. `DiscreteCQL.act` decodes the best code in the state at hand; its twin, `ContinuousCQL`, learns the same data
+    4. `DiscreteCQL.act` decodes the best code, or one drawn from softmax(Q); `ContinuousCQL`, its twin, comes after
 
-Unlike in the authors' code, a running average of Q acts, the quantizer's learning rate falls to 0 and dead codes are
-revived (--plain undoes these three), and weight decay is AdamW's.
+Unlike in the authors' code (docs/saq_cql.md has all): a running average of Q acts, so that the best code does not
+flicker; the quantizer's learning rate falls to 0; codes that no action chooses are revived (--plain undoes these).
 
     python saq_cql.py                                             # three maze demonstrations, 5 minutes on 2 cores
     python saq_cql.py --env hopper-expert-v2 --no-compare         # a D4RL name; downloads the dataset once
     python saq_cql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. CQL: Kumar et al.,
-NeurIPS 2020, arXiv:2006.04779. Explained in docs/saq_cql.md. Needs vqvae.py; offline_envs.py too for D4RL's names.
+NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, but for Gymnasium's own names, offline_envs.py.
 """
 
 import copy
@@ -53,20 +54,20 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
-    normalize_obs: bool = False  # measure observations in the dataset's mean and standard deviation
+    normalize_obs: bool = False  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
-    plain: bool = False  # the authors' settings, without what is added here (PLAIN, in "One run")
+    plain: bool = False  # the authors' settings, without what is added here: the fields of PLAIN
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
     track: bool = False  # log to Weights & Biases as well
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where tensors live
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: where --steps is at least 10_000
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: for 10_000 steps or more
     log_every: int = 500  # steps between two log entries
     eval_every: int = 5_000  # steps between two evaluations, each after a checkpoint
-    eval_episodes: int = 10  # episodes of each evaluation during training
+    eval_episodes: int = 10  # episodes of each evaluation during training, and of --eval-only
     final_episodes: int = 100  # episodes of the final evaluation
     video: int = 0  # episodes of each agent to film at the end
     # --- Quantizer ---
@@ -75,7 +76,7 @@ class Args:
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
-    revive_every: int = 100  # every so many steps, move codes that no action chooses to where actions are; 0: never
+    revive_every: int = 100  # every so many steps, until 90% are done, move unchosen codes to where actions are
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
@@ -97,13 +98,13 @@ class Args:
 
 
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
-# command line wins over the row. The paper prints no hyperparameters; what it says of the authors is from their code.
+# command line wins over the row. The paper prints none; what is said of the authors comes from their code.
 HPARAMS = {
-    # Chosen here, on these demonstrations (small enough for five minutes) and on data that stand in for hopper-expert.
+    # Chosen here, on these demonstrations (to end in five minutes), and on data that stand in for hopper-expert's.
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=8_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
     # The middle of what the authors' scripts sweep (15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen). For the
-    # rest nothing was released: ours, untried, and for antmaze CORL's CQL (rewards 10 r - 5, alpha 5).
+    # rest nothing was released: ours, untried, and for antmaze what the library CORL has (rewards 10 r - 5, alpha 5).
     "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(alpha=20.0),
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=20.0, eval_episodes=50, final_episodes=50),
@@ -127,14 +128,15 @@ class DiscreteCQL(nn.Module):
         self.qf = mlp(obs_dim, vqvae.num_codes)  # two hidden layers of 512, ReLU
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.qf_average = copy.deepcopy(self.qf).requires_grad_(False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.float64))  # updates so far
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))  # updates so far; CUDA graphs need a tensor
         self.optimizer = adamw(self.qf.parameters(), args.lr, args.weight_decay)
 
     def loss(self, batch):
-        """The TD error and the conservative penalty (Eq. 12) of a batch of B Transitions."""
+        """The TD error and the conservative penalty (Eq. 12) of a batch: obs, codes (B,), rewards, next_obs, terminals
+        (1: do not bootstrap; 0 at a time limit)."""
         q = self.qf(batch.obs)  # (B, K)
         q_data = q.gather(1, batch.codes[:, None])[:, 0]  # (B,)
-        # Double DQN: the network in training chooses the next code, its target rates it.
+        # Double DQN: the network in training chooses the next code, its target rates it. The average only acts.
         with torch.no_grad():
             next_codes = self.qf(batch.next_obs).argmax(1, keepdim=True)  # (B, 1)
             next_q = self.qf_target(batch.next_obs).gather(1, next_codes)[:, 0]  # (B,)
@@ -150,22 +152,24 @@ class DiscreteCQL(nn.Module):
         """One gradient step on the loss, after which the copies of the Q network follow; returns what to log."""
         info = minimize(*self.loss(batch), self.optimizer)
         self.step += 1
-        polyak_update(self.qf_target, self.qf, self.step % self.args.target_every == 0)  # all at once, now and then
-        # The Q values of neighbouring codes differ by less than a step changes them, so the best code jumps from step
-        # to step; that of their average does not. At first its rate is 1 / step, which makes it their plain mean.
+        # Rate 1, a copy, in every target_every-th update; in the others 0, no change.
+        polyak_update(self.qf_target, self.qf, self.step % self.args.target_every == 0)
+        # One step changes Q by more than neighbouring codes differ, so the best code jumps from step to step. That of
+        # the average does not. Its rate begins as 1 / step: at first it is a plain mean.
         if self.args.average:
             polyak_update(self.qf_average, self.qf, (1 / self.step).clamp(min=self.args.average))
         return info
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) -> actions (B, A): the best code, or one drawn from softmax(Q), decoded in its state."""
+        """obs (B, O), as vqvae.normalize returns them -> actions (B, A): the best code, or one drawn from softmax(Q),
+        decoded in its state."""
         q = self.qf_average(obs) if self.args.average else self.qf(obs)  # (B, K)
         return self.vqvae.decode(obs, choose(q, self.args.act)).clamp(-1, 1)
 
     @torch.no_grad()
     def diagnose(self, batch):
-        """The penalty, for the figure: over codes its exact value is the one that training sees."""
+        """The penalty, for comparison.png: over codes its exact value is the one that training sees."""
         return {"penalty_exact": self.loss(batch)[1]["penalty"]}
 
 
@@ -191,7 +195,8 @@ class Actor(nn.Module):
         noise = torch.randn(n, *mean.shape, device=obs.device)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2), kept stable
+        # The density of tanh(raw) is that of raw over the slope, 1 - tanh(raw)^2; its logarithm, kept stable.
+        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))
         return raw.tanh(), log_prob.sum(-1)
 
     def mode(self, obs):
@@ -209,9 +214,9 @@ class Critic(nn.Module):
 
 
 class ContinuousCQL(nn.Module):
-    """CQL(H), the form of CQL whose entropy term H turns "the action with the highest Q" into a log-sum-exp, as SAQ's
-    authors started from it (young-geng/JaxCQL): soft actor-critic with twin critics and automatic temperature, and the
-    penalty, whose integral over actions has to be estimated from importance-weighted samples.
+    """CQL(H), where an entropy bonus H makes the highest Q a log-sum-exp: here an integral over actions, estimated by
+    importance sampling. It is trained by soft actor-critic: two critics, and a policy that raises Q plus its
+    entropy at a learned price, the temperature. As in young-geng/JaxCQL, from which SAQ's authors started.
 
     Its protocol is DiscreteCQL's. Read of `args`: lr, discount, cql_alpha, cql_samples, polyak."""
 
@@ -236,8 +241,8 @@ class ContinuousCQL(nn.Module):
         return torch.cat([uniform, here, there]), torch.cat([log_prob_uniform, log_prob_here, log_prob_there])
 
     def qf_loss(self, batch):
-        """The TD error of both critics, and the penalty as 3n samples estimate it: log of the mean of exp(Q) / density,
-        where the mean's 1 / 3n, a constant under the logarithm, is left out."""
+        """The TD error of both critics, and the penalty as 3n samples estimate it: log of the mean of exp(Q) / density.
+        The mean's factor 1 / 3n only adds a constant and is left out."""
         with torch.no_grad():
             next_actions, _ = self.actor.sample(batch.next_obs, 1)
             q1, q2 = (qf(batch.next_obs, next_actions)[0] for qf in self.qf_target)  # (B,) each
@@ -252,7 +257,8 @@ class ContinuousCQL(nn.Module):
         return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q_data.mean()}
 
     def actor_loss(self, batch):
-        """Soft actor-critic's: raise min Q + temperature * entropy; the temperature holds the entropy at -A."""
+        """Soft actor-critic's: raise min Q + temperature * entropy. The temperature rises while the entropy is below -A,
+        its rule of thumb. `update` gives this loss to the optimizer of these two alone."""
         actions, log_prob = self.actor.sample(batch.obs, 1)  # (1, B, A), (1, B)
         q1, q2 = (qf(batch.obs, actions) for qf in self.qf)  # (1, B) each
         actor_loss = (self.log_temperature.exp().detach() * log_prob - torch.minimum(q1, q2)).mean()
@@ -275,7 +281,7 @@ class ContinuousCQL(nn.Module):
     @torch.no_grad()
     def diagnose(self, batch):
         """The penalty of the first critic as its samples estimate it (1 / 3n included) and, where actions are
-        two-dimensional, its exact value: the paper's diagnosis (Fig. 2)."""
+        two-dimensional, its exact value. Where samples miss actions of high Q, the two part (Fig. 2 of the paper)."""
         samples, log_prob = self.penalty_samples(batch)
         q_data = self.qf[0](batch.obs, batch.actions[None])[0]  # (B,)
         log_z = (self.qf[0](batch.obs, samples) - log_prob).logsumexp(0) - math.log(len(samples))  # (B,)
@@ -299,11 +305,11 @@ def make_agents(obs_dim, action_dim, vqvae, args):
     return agents | ({"cql": ContinuousCQL(obs_dim, action_dim, args)} if args.compare else {})
 
 
-# --- One run: nothing from here to `main` has to do with SAQ ---
+# --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
 PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, act="greedy", average=0.0, alpha=20.0)
-# What a command may change when a run goes on, and when the policies of a run are evaluated.
+# What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 LIMITS = {  # what a number must at least be, and at most
@@ -313,9 +319,6 @@ LIMITS = {  # what a number must at least be, and at most
     "discount polyak average": (0, 1),
     "seed": (0, 2**32 - 1),
 }
-# The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
-DIAGNOSIS = "conservative penalty\nexact (solid), from samples (dotted)"
-LINES = {"penalty_exact": "-", "penalty_sampled": ":"}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
@@ -329,7 +332,7 @@ def defaults(env="maze2d-large-demos-v1", plain=False):
 def parse_args():
     """The command line over the defaults of its task or, where a run goes on, over what that run began with."""
     words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    args = tyro.cli(Args, args=words)  # a first look: which task, which run?
+    args = tyro.cli(Args, args=words)  # a first look, for the task or the run; --help waits for their defaults
     if args.resume is not None and args.eval_only is not None:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     folder = args.eval_only if args.resume is None else args.resume
@@ -338,7 +341,7 @@ def parse_args():
         state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
-    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no run takes steps back
+    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
     check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
@@ -355,7 +358,7 @@ def make_eval_envs(spec, episodes, *wrappers, **kwargs):
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    always act for ten states at once: what one draws in an episode may not depend on how many others run beside it."""
+    are always asked for ten actions, so that what one draws does not depend on how many environments run."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -390,7 +393,8 @@ class Run:
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum):
-        self.args, self.parts, self.updating, self.stopping = args, parts_of(learners), False, False
+        self.args, self.updating, self.stopping = args, False, False
+        self.parts = parts_of(learners)  # the learners and their optimizers
         self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
@@ -451,13 +455,14 @@ class Run:
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
         evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
-        start, numbers = self.state["done"].get(phase, 0), torch.cuda if self.args.device == "cuda" else torch
+        start = self.state["done"].get(phase, 0)
+        rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before
         if stream in self.state["rng"]:
-            numbers.set_rng_state(self.state["rng"][stream].cpu())
+            rng.set_rng_state(self.state["rng"][stream].cpu())
         else:
             torch.manual_seed(self.args.seed + start)
-        if self.state["due"] == phase:
+        if self.state["due"] == phase:  # --resume begins with the evaluation that came next
             self.log(phase, start, evaluation())
         pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
         bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True, mininterval=pause)
@@ -467,7 +472,7 @@ class Run:
             if evaluate_now or step % self.args.log_every == 0:
                 self.log(phase, step, {name: value.item() for name, value in info.items()})
             if evaluate_now or self.stopping:
-                self.state["done"][phase], self.state["rng"][stream] = step, numbers.get_rng_state()
+                self.state["done"][phase], self.state["rng"][stream] = step, rng.get_rng_state()
                 self.state["due"] = phase if evaluate_now else ""
                 self.save()
             if self.stopping:
@@ -484,6 +489,7 @@ class Run:
 
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
+    # The update itself, compiled or as a CUDA graph.
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
     for step in range(start + 1, args.steps + 1):
         yield step, update()
@@ -504,6 +510,11 @@ def report(run, agents, vqvae, task, episodes):
     return result
 
 
+# The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
+DIAGNOSIS = "conservative penalty\nexact (solid), from samples (dotted)"
+LINES = {"penalty_exact": "-", "penalty_sampled": ":"}
+
+
 def plot(run, names, task):
     """The figure: scores over training, and beside them what each agent's `diagnose` found."""
     figure = Figure(figsize=(3.5 * (1 + len(names)), 3.6), layout="constrained")
@@ -520,7 +531,7 @@ def plot(run, names, task):
 
 
 def film(agents, vqvae, task, episodes, folder):
-    """Films `episodes` episodes of each agent, from the evaluation's starts, with Gymnasium's recorder."""
+    """Films `episodes` episodes of each agent, from the evaluation's starts; a policy that samples draws anew."""
     for name, agent in agents.items() if episodes else ():
         record = partial(RecordVideo, video_folder=str(folder), episode_trigger=lambda _: True, name_prefix=name)
         try:
@@ -554,7 +565,7 @@ def main():
         return film(trained, vqvae, task, args.video, run.folder)
     print(f"run: {run.folder}")
 
-    # 1. Fit the quantizer on the dataset's states and actions.
+    # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
     options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)

@@ -9,12 +9,12 @@ arXiv:1711.00937) is an autoencoder whose bottleneck can take only K values, the
 
     z = encoder(s, a)              k = argmin_j ||z - e_j||^2              a' = decoder(s, e_k)
 
-    loss = ||a' - a||^2 + ||stop(e_k) - z||^2 + ||e_k - stop(z)||^2        (Eq. 8 and 11; stop: without gradient)
+    loss = ||a' - a||^2 + ||stop(e_k) - z||^2 / D + ||e_k - stop(z)||^2 / D    (Eq. 8 and 11; stop: without gradient)
 
 Luo et al. ("Action-Quantized Offline Reinforcement Learning for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731)
 show the state s to encoder and decoder, so that one code means different actions in different states.
 
-    with torch.device("cpu"):                                  # or "cuda": its optimizer is made there, too
+    with torch.device("cpu"):                                  # or "cuda": where it will train, it has an optimizer
         vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
     for step, info in fit(vqvae, obs, actions, steps=20_000):  # obs (N, O), actions (N, A) in [-1, 1], float32
         ...                                                    # log info, save vqvae.state_dict(), ...
@@ -22,8 +22,8 @@ show the state s to encoder and decoder, so that one code means different action
     actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
 
 In three parts: 1 the quantizer and its fit, 2 what makes a training step fast, 3 a user's data and files, checked.
-Sizes, initialisation and the scales of the losses are those of the authors' JAX code; `forward` says where the paper
-differs. Importing it takes PyTorch and NumPy; Gymnasium, h5py and Matplotlib where a function needs them.
+Sizes, initialisation and the scales of the losses are those of the authors' JAX code; the paper's equations have no
+1 / D, D being the length of z. Importing it takes PyTorch and NumPy; what else a function needs, it imports itself.
 """
 
 import atexit
@@ -67,7 +67,7 @@ class ActionVQVAE(nn.Module):
         self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
         self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
         self.prior = mlp(obs_dim, num_codes, hidden)
-        # Flax's variance scaling reads fan_in = K off the codebook's shape (K, D), so its scale depends on K, not on D.
+        # Uniform with variance 1 / K, as in the authors' code: Flax takes the K of the shape (K, D) for the fan-in.
         self.codebook = nn.Parameter(torch.empty(num_codes, code_dim).uniform_(-1, 1) * (3 / num_codes) ** 0.5)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
@@ -78,7 +78,7 @@ class ActionVQVAE(nn.Module):
         return self.encoder(torch.cat([self.condition(obs), actions], -1))
 
     def nearest(self, z):
-        """Index of the nearest code (B,): argmin_k ||z - e_k||^2, leaving out the ||z||^2 that all codes share."""
+        """Index of the nearest code (B,): argmin_k ||z - e_k||^2, without ||z||^2, which is the same for all codes."""
         return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(-1)
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class ActionVQVAE(nn.Module):
         the A action dimensions, the two terms of the codebook are averaged over its D dimensions."""
         z = self.embed(obs, actions)  # (B, D)
         codes = self.nearest(z)  # (B,)
-        # As a product with one-hot rows, not by indexing as in `decode`: its gradient is a product, too, which is fast.
+        # One-hot rows times the codebook: the same as indexing, with a faster gradient (a matrix product).
         e = F.one_hot(codes, self.num_codes).to(z.dtype) @ self.codebook  # (B, D)
         # Straight-through: the decoder reads e, its gradient goes to z as if nothing had been rounded.
         z_q = z + (e - z).detach()
@@ -134,10 +134,10 @@ class ActionVQVAE(nn.Module):
         return torch.cat(codes)
 
     def set_units(self, obs):
-        """Lets `normalize` measure observations in the mean and standard deviation of obs (N, O), column by column.
+        """Lets `normalize` subtract the mean of obs (N, O), column by column, and divide by their standard deviation.
         Both are buffers: they are saved and loaded with the quantizer."""
         std, mean = torch.std_mean(obs.double(), 0, correction=0)
-        constant = std <= 1e-6 * (1 + mean.abs())  # a column without a unit of its own keeps its scale
+        constant = std <= 1e-6 * (1 + mean.abs())  # such a column is shifted, not divided
         self.obs_mean.copy_(mean)
         self.obs_std.copy_(std.where(~constant, torch.ones_like(std)))
 
@@ -152,7 +152,7 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
     sizes = [in_dim, *hidden, out_dim]
     layers = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
-        layer = Linear(fan_in, fan_out)
+        layer = Linear(fan_in, fan_out)  # nn.Linear in a form that compiles to faster code (part 2)
         std = fan_in**-0.5 / 0.8796  # 0.8796: what truncation leaves of a standard normal's deviation
         nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(layer.bias)
@@ -170,9 +170,9 @@ def fit(
     """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
     after each step, for the caller to log, save or stop.
 
-    compile: as in `accelerate`.
+    compile: "off", "on", or "auto", on from 10,000 steps: torch.compile on the CPU (`accelerate`).
     decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
-    revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0 for the plain fit.
+    revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0: never.
     kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random.
     """
 
@@ -194,7 +194,7 @@ def fit(
 
 @torch.no_grad()
 def revive_dead_codes(vqvae, obs, actions):
-    """Moves every code that none of obs (B, O), actions (B, A) chose onto the encoder output of a random one of them.
+    """Moves each code that no pair of obs (B, O), actions (B, A) chose onto the encoder output of a random pair.
     A code far from all encoder outputs gets no gradient and would stay dead for good. Returns how many were moved."""
     z = vqvae.embed(obs, actions)  # (B, D)
     dead = torch.bincount(vqvae.nearest(z), minlength=vqvae.num_codes) == 0  # (K,)
@@ -220,7 +220,7 @@ def codebook_health(vqvae, obs, actions):
 
     used: share of the K codes that some action chose.
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
-    reconstruction_error: mean squared error of one action dimension, and ..._a0, ..._a1 for each of them.
+    reconstruction_error: mean squared error over rows and dimensions; ..._a0, ..._a1: of each dimension.
     """
     codes = vqvae.encode_dataset(obs, actions)
     error = torch.zeros(actions.shape[1], device=obs.device)

@@ -1,0 +1,226 @@
+"""The code as something to copy: an agent, a quantizer, two files, in somebody else's program."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, dataset, only_run, run_forked, run_script, succeeded, write
+from test_closed_forms import random_batch
+
+import saq_bc
+import saq_brac
+import saq_cql
+import saq_iql
+from vqvae import ActionVQVAE, UserError, load_task
+
+SCRIPTS = [saq_cql, saq_iql, saq_brac, saq_bc]
+SHORT = ["--vq-steps", 6, "--steps", 6, "--eval-every", 3, "--eval-episodes", 1, "--final-episodes", 1]
+SHORT += ["--num-codes", 4, "--batch-size", 16, "--no-compare"]
+
+
+def agents(**fields):
+    """Every agent of every script, by name, over a quantizer of 8 codes."""
+    found = {}
+    for script in SCRIPTS:
+        found |= script.make_agents(3, 2, ActionVQVAE(3, 2, 8, hidden=(8,)), script.Args(compare=True, **fields))
+    return found
+
+
+NAMES = sorted(agents())
+DISCRETE = [name for name in NAMES if name.startswith("saq_")]
+
+
+# --- An agent in a loop of one's own ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_acting_builds_no_graph(name):
+    agent = agents()[name]
+    agent.act(torch.randn(4, 3)).numpy()
+    assert not any(value.requires_grad for value in agent.diagnose(random_batch()).values())
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_saved_agent_decodes_as_before(name, tmp_path):
+    """Its state holds the quantizer, units of observations included."""
+    agent, obs = agents(act="greedy")[name], torch.randn(64, 3)
+    agent.vqvae.set_units(10 * torch.randn(64, 3) + 3)
+    agent.update(random_batch())
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    torch.manual_seed(1)
+    fresh = agents(act="greedy")[name]
+    assert not torch.equal(fresh.act(obs), agent.act(obs))
+    fresh.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
+    assert torch.equal(fresh.act(obs), agent.act(obs))
+    assert torch.equal(fresh.vqvae.normalize(obs), agent.vqvae.normalize(obs))
+
+
+def test_encoding_builds_no_graph():
+    """For many rows a graph would take gigabytes."""
+    vqvae = ActionVQVAE(3, 2, 8, hidden=(8,))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        vqvae.encode(torch.randn(5000, 3), torch.rand(5000, 2))
+        vqvae.encode_dataset(torch.randn(5000, 3), torch.rand(5000, 2))
+    assert saved == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_agent_that_was_moved_says_so(name):
+    """Its optimizers were made where it was made."""
+    agent = agents()[name].to("meta")
+    batch = type(random_batch())(*(column.to("meta") for column in random_batch()))
+    with pytest.raises(UserError, match=r"moved to meta after it was made: make it there, inside `with torch.device`"):
+        agent.update(batch)
+
+
+def test_a_quantizer_that_was_moved_says_so():
+    vqvae = ActionVQVAE(3, 2, 8, hidden=(8,)).to("meta")
+    with pytest.raises(UserError, match="moved to meta after it was made"):
+        vqvae.update(torch.randn(4, 3, device="meta"), torch.rand(4, 2, device="meta"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_is_the_whole_training_step(name):
+    """In a loop that calls nothing else every network moves: targets, and the average that acts, too."""
+    agent = agents(lr=1e-2)[name]
+    if name == "saq_cql":
+        agent.args.target_every = 2
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    for _ in range(4):
+        info = agent.update(random_batch())
+    assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values())
+    after = agent.state_dict()
+    still = {key for key in before if torch.equal(before[key], after[key])}
+    assert {key.split(".")[0] for key in still} <= {"vqvae"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_name_the_arguments_that_are_read(name):
+    """All of them and no others: "Read of `args`: lr, ..."."""
+    kind = type(agents()[name])
+    source = inspect.getsource(kind)
+    fields = set(re.findall(r"\bargs\.(\w+)", source))
+    (named,) = re.findall(r"Read of `args`: ([^.]*)\.", kind.__doc__)
+    assert set(re.split(r",\s+", named)) == fields
+    assert re.search(
+        r"A training loop\s+calls `update\(batch\)` and nothing else|protocol is Discrete\w+'s", kind.__doc__
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_those_of_the_table(script):
+    """What a run of a task starts with can be had without a command line."""
+    rows = {word: row for words, row in script.HPARAMS.items() for word in words.split()}
+    expected = script.Args(env="hopper-expert-v2", **(rows.get("hopper-expert-") or rows["hopper-"]))
+    assert script.defaults("hopper-expert-v2") == expected
+    assert script.defaults("offline_envs:hopper-expert-v2") == dataclasses.replace(
+        expected, env="offline_envs:hopper-expert-v2"
+    )
+    assert script.defaults("Pendulum-v1") == script.Args(env="Pendulum-v1", **script.OWN_DATA)
+    plain = vars(script.defaults("hopper-expert-v2", plain=True))
+    assert plain == vars(expected) | {"plain": True} | script.PLAIN
+
+
+# --- The quantizer alone ---
+
+ALONE = """
+import sys
+for name in ("gymnasium", "h5py", "matplotlib", "tyro", "tqdm", "wandb", "filelock"):
+    sys.modules[name] = None  # importing it raises
+import torch
+from vqvae import ActionVQVAE, fit
+obs = torch.randn(200, 3)
+actions = obs[:, :2].tanh()
+vqvae = ActionVQVAE(3, 2, num_codes=4)
+for step, info in fit(vqvae, obs, actions, steps=20):
+    pass
+codes = vqvae.encode_dataset(obs, actions)
+print(step, tuple(vqvae.decode(obs, codes).shape))
+"""
+
+
+def test_the_quantizer_needs_torch_and_numpy_alone(tmp_path):
+    shutil.copy(ROOT / "vqvae.py", tmp_path)
+    process = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split(maxsplit=1) == ["20", "(200, 2)\n"]
+
+
+def test_actions_in_another_unit_are_refused_without_an_environment(tmp_path):
+    """Nobody could scale them back."""
+    arrays = dataset()
+    arrays["actions"] *= 2
+    with pytest.raises(UserError) as error:
+        load_task("none", write(tmp_path / "d.npz", arrays), torch.device("cpu"))
+    assert re.fullmatch(r"the dataset's actions reach 2, and .*: scale to \[-1, 1\]\.", str(error.value))
+
+
+def test_messages_of_the_module_name_no_flags():
+    """Whoever uses it without a script has none."""
+    tree = ast.parse((ROOT / "vqvae.py").read_text())
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert [text for text in strings if "--" in text] == []
+
+
+# --- Two files in an empty folder ---
+
+FOREIGN = """
+import sys
+import torch
+from vqvae import ActionVQVAE, fit, load_task
+import {script} as script
+
+with torch.device("cpu"):
+    task, data = load_task("none", sys.argv[1], torch.device("cpu"))
+    vqvae = ActionVQVAE(3, 1, num_codes=4)
+    for step, info in fit(vqvae, data.obs, data.actions, steps=20):
+        pass
+    data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
+    args = script.defaults("none")
+    args.num_codes = 4
+    agent = next(iter(script.make_agents(3, 1, vqvae, args).values()))
+losses = []
+for step in range(60):
+    info = agent.update(data.sample(64))
+    losses.append(sum(value.item() for name, value in info.items() if name.endswith("loss")))
+actions = agent.act(data.obs).numpy()
+assert actions.shape == (len(data.obs), 1) and abs(actions).max() <= 1
+print(sum(losses[:10]) / 10, sum(losses[-10:]) / 10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "suffix", "run"),
+    [
+        ("saq_cql", ".npz", run_script),
+        ("saq_cql", ".hdf5", run_forked),
+        ("saq_iql", ".npz", run_forked),
+        ("saq_brac", ".hdf5", run_forked),
+        ("saq_bc", ".npz", run_forked),
+    ],
+)
+def test_two_files_in_an_empty_folder_train_on_a_users_own_data(tmp_path, script, suffix, run):
+    """By the command, and in a training loop of the user's own."""
+    for file in (f"{script}.py", "vqvae.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    arrays = dataset()
+    arrays["actions"] *= 2  # Pendulum's torque lies in [-2, 2]
+    write(tmp_path / f"mine{suffix}", arrays)
+    command = ["--env", "Pendulum-v1", "--dataset-path", f"mine{suffix}", *SHORT]
+    process = succeeded(run(*command, cwd=tmp_path, script=f"{script}.py"))
+    assert "396 transitions, 4 episodes" in process.stdout
+    assert "The score is the return itself." in process.stdout
+    assert "leave [-1, 1]" not in process.stdout
+    assert (only_run(tmp_path / "runs") / "result.json").exists()
+    (tmp_path / "foreign.py").write_text(FOREIGN.format(script=script))
+    scaled = write(tmp_path / f"scaled{suffix}", dataset())
+    process = succeeded(run_forked(scaled, cwd=tmp_path, script="foreign.py"))
+    first, last = map(float, process.stdout.splitlines()[-1].split())
+    assert last < first
