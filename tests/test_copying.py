@@ -71,15 +71,27 @@ def test_encoding_builds_no_graph():
     assert saved == []
 
 
+@pytest.fixture
+def like_cuda():
+    """Lets modules move to "meta" as they move to CUDA: parameters stay the objects that their optimizers hold."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("like_cuda")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_agent_that_was_moved_says_so(name):
     """Its optimizers were made where it was made."""
     agent = agents()[name].to("meta")
+    if hasattr(agent, "step"):
+        agent.step = torch.zeros((), dtype=torch.float64)  # a number that can be read
     batch = type(random_batch())(*(column.to("meta") for column in random_batch()))
     with pytest.raises(UserError, match=r"moved to meta after it was made: make it there, inside `with torch.device`"):
         agent.update(batch)
 
 
+@pytest.mark.usefixtures("like_cuda")
 def test_a_quantizer_that_was_moved_says_so():
     vqvae = ActionVQVAE(3, 2, 8, hidden=(8,)).to("meta")
     with pytest.raises(UserError, match="moved to meta after it was made"):
@@ -109,9 +121,8 @@ def test_docstrings_name_the_arguments_that_are_read(name):
     fields = set(re.findall(r"\bargs\.(\w+)", source))
     (named,) = re.findall(r"Read of `args`: ([^.]*)\.", kind.__doc__)
     assert set(re.split(r",\s+", named)) == fields
-    assert re.search(
-        r"A training loop\s+calls `update\(batch\)` and nothing else|protocol is Discrete\w+'s", kind.__doc__
-    )
+    protocol = r"A training loop calls `update\(batch\)` and nothing else|protocol is Discrete\w+'s"
+    assert re.search(protocol, " ".join(kind.__doc__.split()))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -120,9 +131,8 @@ def test_defaults_are_those_of_the_table(script):
     rows = {word: row for words, row in script.HPARAMS.items() for word in words.split()}
     expected = script.Args(env="hopper-expert-v2", **(rows.get("hopper-expert-") or rows["hopper-"]))
     assert script.defaults("hopper-expert-v2") == expected
-    assert script.defaults("offline_envs:hopper-expert-v2") == dataclasses.replace(
-        expected, env="offline_envs:hopper-expert-v2"
-    )
+    plugin = "offline_envs:hopper-expert-v2"
+    assert script.defaults(plugin) == dataclasses.replace(expected, env=plugin)
     assert script.defaults("Pendulum-v1") == script.Args(env="Pendulum-v1", **script.OWN_DATA)
     plain = vars(script.defaults("hopper-expert-v2", plain=True))
     assert plain == vars(expected) | {"plain": True} | script.PLAIN
