@@ -257,7 +257,7 @@ class ContinuousCQL(nn.Module):
         return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q_data.mean()}
 
     def actor_loss(self, batch):
-        """Soft actor-critic's: raise min Q + temperature * entropy. The temperature rises while the entropy is under -A,
+        """Soft actor-critic: raise min Q + temperature * entropy. The temperature rises while the entropy is below -A,
         its rule of thumb. `update` gives this loss to the optimizer of these two alone."""
         actions, log_prob = self.actor.sample(batch.obs, 1)  # (1, B, A), (1, B)
         q1, q2 = (qf(batch.obs, actions) for qf in self.qf)  # (1, B) each
