@@ -561,6 +561,7 @@ def main():
         report(run, trained, vqvae, task, args.eval_episodes)
         return film(trained, vqvae, task, args.video, run.folder)
     print(f"run: {run.folder}")
+    envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
     # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
     options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
@@ -574,7 +575,6 @@ def main():
     data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
 
     # 3. Learn over the K codes; then the continuous twin, from the same data with the same evaluation.
-    envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
     for name, agent in agents.items():
         evaluation = partial(assess, agent, vqvae, envs, task, data, args)
         run.train(name, learn(agent, data, args, done.get(name, 0)), args.steps, evaluation)
