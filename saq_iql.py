@@ -368,7 +368,10 @@ def evaluate(agent, vqvae, envs, episodes, seed=1_000):
             total += rewards * running
             running &= ~(terminated | truncated)  # environments start again by themselves; the first episode counts
         returns.append(total)
-    return np.concatenate(returns)[:episodes]
+    returns = np.concatenate(returns)[:episodes]
+    if not np.isfinite(returns).all():
+        raise UserError(f"an episode returned {returns[~np.isfinite(returns)][0]}: the environment's rewards are wrong.")
+    return returns
 
 
 def assess(agent, vqvae, envs, task, data, args):
