@@ -370,7 +370,7 @@ def evaluate(agent, vqvae, envs, episodes, seed=1_000):
         returns.append(total)
     returns = np.concatenate(returns)[:episodes]
     if not np.isfinite(returns).all():
-        raise UserError(f"an episode returned {returns[~np.isfinite(returns)][0]}: the environment's rewards are wrong.")
+        raise UserError(f"an episode returned {returns[~np.isfinite(returns)][0]}: the rewards are wrong.")
     return returns
 
 
