@@ -9,8 +9,8 @@ a classifier, which keeps as many modes as there are codes, and whose loss is ex
     3. `DiscreteBC.update` trains a network with K outputs by the cross-entropy -log pi(k | s)
     4. `DiscreteBC.act` decodes a code of pi; its twins, `DeterministicBC` and `GaussianBC`, learn the same data
 
-Unlike in the authors' code (docs/saq_bc.md has all): the quantizer's learning rate falls to 0; codes that no action
-chooses are revived (--plain undoes both).
+Unlike in the authors' code (docs/saq_bc.md has all): observations are normalised; the quantizer's learning rate
+falls to 0; codes that no action chooses are revived (--plain undoes these three).
 
     python saq_bc.py                                              # three maze demonstrations
     python saq_bc.py --env door-human-v0 --no-compare             # a D4RL name; downloads the dataset once
@@ -51,7 +51,7 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
-    normalize_obs: bool = False  # subtract the dataset's mean from observations, divide by its standard deviation
+    normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
@@ -95,7 +95,6 @@ HPARAMS = {
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
 }
-OWN_DATA = dict(normalize_obs=True)  # any other task, Minari's too: observations come in whatever units
 
 
 # --- SAQ-BC ---
@@ -231,10 +230,10 @@ LIMITS = {  # what a number must at least be, and at most
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, or OWN_DATA where it has none, and over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
-    row = rows[max(words, key=len)] if words else OWN_DATA
+    row = rows[max(words, key=len)] if words else {}
     return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
 
 

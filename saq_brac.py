@@ -13,7 +13,8 @@ the K codes of a VQ-VAE p is a classifier and the divergence a sum of K terms. T
     4. `DiscreteBRAC.act` decodes a code of pi; its twin, `ContinuousBRAC`, learns the same data
 
 SAQ-BRAC's code was never released (docs/saq_brac.md). Eq. 3 is read with the KL of Eq. 2 whole (--literal: by its
-letter); the quantizer's learning rate falls to 0; codes that no action chooses are revived (--plain undoes both).
+letter); observations are normalised; the quantizer's learning rate falls to 0; codes that no action chooses are
+revived (--plain undoes these three).
 
     python saq_brac.py                                            # three maze demonstrations
     python saq_brac.py --env hopper-medium-v2 --no-compare        # a D4RL name; downloads the dataset once
@@ -54,7 +55,7 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
-    normalize_obs: bool = False  # subtract the dataset's mean from observations, divide by its standard deviation
+    normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
@@ -107,7 +108,6 @@ HPARAMS = {
     "antmaze- maze2d-": dict(alpha=0.1, beta=0.1, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=1.0, beta=1.0, eval_episodes=50, final_episodes=50),
 }
-OWN_DATA = dict(normalize_obs=True)  # any other task, Minari's too: observations come in whatever units
 
 
 # --- SAQ-BRAC ---
@@ -325,10 +325,10 @@ LIMITS = {  # what a number must at least be, and at most
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, or OWN_DATA where it has none, and over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
-    row = rows[max(words, key=len)] if words else OWN_DATA
+    row = rows[max(words, key=len)] if words else {}
     return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
 
 

@@ -13,7 +13,8 @@ middle, it is a sum of K terms. The steps, and who does them:
     4. `DiscreteCQL.act` decodes the best code, or one drawn from softmax(Q); `ContinuousCQL`, its twin, comes after
 
 Unlike in the authors' code (docs/saq_cql.md has all): a running average of Q acts, so that the best code does not
-flicker; the quantizer's learning rate falls to 0; codes that no action chooses are revived (--plain undoes these).
+flicker; observations are normalised; the quantizer's learning rate falls to 0; codes that no action chooses are revived
+(--plain undoes these four).
 
     python saq_cql.py                                             # three maze demonstrations, 5 minutes on 2 cores
     python saq_cql.py --env hopper-expert-v2 --no-compare         # a D4RL name; downloads the dataset once
@@ -54,7 +55,7 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
-    normalize_obs: bool = False  # subtract the dataset's mean from observations, divide by its standard deviation
+    normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
@@ -109,7 +110,6 @@ HPARAMS = {
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=20.0, eval_episodes=50, final_episodes=50),
 }
-OWN_DATA = dict(normalize_obs=True)  # any other task, Minari's too: observations come in whatever units
 
 
 # --- SAQ-CQL ---
@@ -322,10 +322,10 @@ LIMITS = {  # what a number must at least be, and at most
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, or OWN_DATA where it has none, and over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
-    row = rows[max(words, key=len)] if words else OWN_DATA
+    row = rows[max(words, key=len)] if words else {}
     return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
 
 

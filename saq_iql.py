@@ -11,8 +11,8 @@ codes of a VQ-VAE in closed form. The steps, and who does them:
            |tau - 1[Q(s, k) < V(s)]| (Q(s, k) - V(s))^2,    (Q(s, k) - r - gamma V(s'))^2,    -log p(k | s)
     4. `DiscreteIQL.act` decodes a code of p(k | s) exp((Q(s, k) - V(s)) / lambda) (Eq. 14), which takes no network
 
-Unlike in the authors' code (docs/saq_iql.md has all): the quantizer's learning rate falls to 0; codes that no action
-chooses are revived (--plain undoes both).
+Unlike in the authors' code (docs/saq_iql.md has all): observations are normalised; the quantizer's learning rate
+falls to 0; codes that no action chooses are revived (--plain undoes these three).
 
     python saq_iql.py                                             # three maze demonstrations
     python saq_iql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
@@ -52,7 +52,7 @@ class Args:
     # --- Task and data ---
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
-    normalize_obs: bool = False  # subtract the dataset's mean from observations, divide by its standard deviation
+    normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # train the continuous twin after SAQ, on the same data
@@ -110,7 +110,6 @@ HPARAMS = {
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(ROBOSUITE, expectile=0.9, temperature=1.0, beta=1.0),
 }
-OWN_DATA = dict(normalize_obs=True)  # any other task, Minari's too: observations come in whatever units
 
 
 # --- SAQ-IQL ---
@@ -319,10 +318,10 @@ LIMITS = {  # what a number must at least be, and at most
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, or OWN_DATA where it has none, and over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
-    row = rows[max(words, key=len)] if words else OWN_DATA
+    row = rows[max(words, key=len)] if words else {}
     return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
 
 

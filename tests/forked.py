@@ -97,7 +97,7 @@ def child(script, args, cwd, env, before, path, limits, stdout, stderr):
     if before:
         globals()[before[0]](*before[1:])
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(os.path.abspath(script), run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) or end.code is None else 1
     except BaseException:

@@ -133,7 +133,7 @@ def test_defaults_are_those_of_the_table(script):
     assert script.defaults("hopper-expert-v2") == expected
     plugin = "offline_envs:hopper-expert-v2"
     assert script.defaults(plugin) == dataclasses.replace(expected, env=plugin)
-    assert script.defaults("Pendulum-v1") == script.Args(env="Pendulum-v1", **script.OWN_DATA)
+    assert script.defaults("Pendulum-v1") == script.Args(env="Pendulum-v1")
     plain = vars(script.defaults("hopper-expert-v2", plain=True))
     assert plain == vars(expected) | {"plain": True} | script.PLAIN
 

@@ -428,7 +428,7 @@ def test_tracking_that_fails_is_one_warning(tiny, tmp_path, straight, error):
 
 def test_a_folder_whose_name_is_a_command(tiny, tmp_path):
     """The code lies in it; nothing of the name is executed."""
-    folder = tmp_path / "it's'; touch PWNED; echo '"
+    folder = tmp_path / "x'; touch PWNED; echo '"
     folder.mkdir()
     for name in ("saq_cql.py", "vqvae.py"):
         shutil.copy(ROOT / name, folder)
