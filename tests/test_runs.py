@@ -109,7 +109,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(finish, tmp_path, script, ph
     """kill -9 some time after the first checkpoint of a phase, --resume, and nothing differs at the end."""
     finished, _ = finish(script)
     process = Forked("--out", tmp_path, *SHORT, script=f"{script}.py")
-    wait_for(process, lambda: [file for file in tmp_path.glob("*__*/checkpoint.pt") if has_begun(file, phase)])
+    wait_for(process, lambda: [file for file in tmp_path.glob("[!.]*/checkpoint.pt") if has_begun(file, phase)])
     process.kill()
     folder = only_run(tmp_path)
     assert checkpoint(folder)["done"] != checkpoint(finished)["done"]

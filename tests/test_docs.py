@@ -1,0 +1,70 @@
+"""The pages: what they run, runs; what they link, exists."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python(*words, **environment):
+    process = subprocess.run(
+        [sys.executable, *words], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def test_the_loop_of_ones_own(tmp_path):
+    """The README's Python block as it stands, beside copies of the two files that it names."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    for name in ("saq_iql.py", "vqvae.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "loop.py").write_text(block + "\nprint(tuple(actions.shape))\n")
+    process = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.stdout == "(3, 2)\n", process.stderr
+    assert (tmp_path / "agent.pt").exists()
+
+
+def test_the_walkthrough(tmp_path):
+    """All of its cells, with few steps; figures go where they are asked to go."""
+    python(ROOT / "demos" / "walkthrough.py", WALKTHROUGH_STEPS="10", WALKTHROUGH_FIGURES=str(tmp_path))
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_the_drawing_is_what_its_script_draws(tmp_path):
+    before = (ROOT / "docs" / "method.svg").read_bytes()
+    try:
+        python(ROOT / "demos" / "method.py")
+        assert (ROOT / "docs" / "method.svg").read_bytes() == before
+    finally:
+        (ROOT / "docs" / "method.svg").write_bytes(before)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src="([^":]+)"', text)
+    for link in links:
+        assert (page.parent / link).exists(), link
+    for name, file in re.findall(r"\[`([\w.]+)`\]\(\.\./(\w+\.py)\)", text):  # a function or a class, and its file
+        assert re.search(rf"(def |class |\n){name.split('.')[-1]}\b", (ROOT / file).read_text()), name
+
+
+@pytest.mark.parametrize("script", ["saq_cql", "saq_iql", "saq_brac", "saq_bc"])
+def test_every_logged_number_is_explained(script):
+    """Every key that a script's losses and diagnoses hold stands in its page."""
+    code, page = (ROOT / f"{script}.py").read_text(), (ROOT / "docs" / f"{script}.md").read_text()
+    agents = code[code.index("class Discrete") : code.index("# --- One run")]
+    keys = set(re.findall(r'"(\w+)": [\w.()]', agents)) - {script, script.removeprefix("saq_"), "gaussian_bc"}
+    assert keys
+    assert sorted(key for key in keys if f"`{key}`" not in page) == []
