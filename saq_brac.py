@@ -145,8 +145,7 @@ class DiscreteBRAC(nn.Module):
 
     def min_q(self, obs):
         """obs (B, O) -> the lower of the two Q networks' values (B, K)."""
-        q1, q2 = (qf(obs) for qf in self.qf)
-        return torch.minimum(q1, q2)
+        return torch.minimum(*(qf(obs) for qf in self.qf))
 
     def value(self, obs):
         """V(s) (B,), Eq. 3 with the whole KL of Eq. 2: what the policy expects of Q, less beta times its divergence
@@ -489,7 +488,8 @@ class Run:
                 self.log(phase, step, values)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
                 self.updating = True
-        self.updating, self.state["due"] = False, ""
+        self.updating = False
+        self.state["due"] = "" if self.state["due"] == phase else self.state["due"]
         self.save()
 
 

@@ -482,7 +482,8 @@ class Run:
                 self.log(phase, step, values)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
                 self.updating = True
-        self.updating, self.state["due"] = False, ""
+        self.updating = False
+        self.state["due"] = "" if self.state["due"] == phase else self.state["due"]
         self.save()
 
 
