@@ -102,7 +102,7 @@ class Args:
 # command line wins over the row. The paper prints none; what is said of the authors comes from their code.
 HPARAMS = {
     # Chosen here, on these demonstrations (to end in five minutes), and on data that stand in for hopper-expert's.
-    "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=8_000, eval_every=500),
+    "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, vq_steps=20_000, steps=40_000, eval_every=2_000),
     # The middle of what the authors' scripts sweep (15, 20, 30 for locomotion; 10, 15, 20, 30 for kitchen). For the
     # rest nothing was released: ours, untried, and for antmaze what the library CORL has (rewards 10 r - 5, alpha 5).
