@@ -143,15 +143,10 @@ class DiscreteBRAC(nn.Module):
             return ((q + self.args.beta * self.log_prior(obs)) / self.args.alpha).log_softmax(1)
         return self.actor(obs).log_softmax(1)
 
-    def min_q(self, obs):
-        """obs (B, O) -> the lower of the two Q networks' values (B, K)."""
-        return torch.minimum(*(qf(obs) for qf in self.qf))
-
     def value(self, obs):
         """V(s) (B,), Eq. 3 with the whole KL of Eq. 2: what the policy expects of Q, less beta times its divergence
         from the floored prior. Without an actor, at alpha = beta: alpha log sum_k p(k | s) exp(Q(s, k) / alpha)."""
-        q1, q2 = (qf(obs) for qf in self.qf_target)  # (B, K) each
-        q = torch.minimum(q1, q2)
+        q = torch.minimum(*(qf(obs) for qf in self.qf_target))  # (B, K)
         log_pi, log_prior = self.log_policy(obs, q), self.log_prior(obs)
         penalty = -log_prior if self.args.literal else log_pi - log_prior
         return (log_pi.exp() * (q - self.args.beta * penalty)).sum(1)
@@ -166,7 +161,7 @@ class DiscreteBRAC(nn.Module):
     def actor_loss(self, batch):
         """Eq. 6: raise sum_k pi(k | s) (Q(s, k) + beta log p(k | s) - alpha log pi(k | s))."""
         with torch.no_grad():
-            q = self.min_q(batch.obs)
+            q = torch.minimum(*(qf(batch.obs) for qf in self.qf))
             log_prior = self.log_prior(batch.obs)  # (B, K)
         log_pi = self.log_policy(batch.obs, q)  # (B, K)
         objective = (log_pi.exp() * (q + self.args.beta * log_prior - self.args.alpha * log_pi)).sum(1)
@@ -186,13 +181,13 @@ class DiscreteBRAC(nn.Module):
     @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A): a code by the policy, decoded in its state."""
-        log_pi = self.log_policy(obs, self.min_q(obs))
+        log_pi = self.log_policy(obs, torch.minimum(*(qf(obs) for qf in self.qf)))
         return self.vqvae.decode(obs, choose(log_pi, self.args.act)).clamp(-1, 1)
 
     @torch.no_grad()
     def diagnose(self, batch):
         """KL(pi || p) of the policy from the floored prior, for the figure: a sum of K terms."""
-        log_pi = self.log_policy(batch.obs, self.min_q(batch.obs))
+        log_pi = self.log_policy(batch.obs, torch.minimum(*(qf(batch.obs) for qf in self.qf)))
         return {"kl_exact": (log_pi.exp() * (log_pi - self.log_prior(batch.obs))).sum(1).mean()}
 
 
@@ -314,12 +309,14 @@ PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, 
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
-LIMITS = {  # what a number must at least be, and at most
+LIMITS = {  # what a number must at least be, and at most; of all scripts
     "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "lr weight_decay reward_scale revive_every video alpha beta": (0, 1e9),
-    "discount polyak": (0, 1),
+    "target_every cql_samples": (1, 1e9),
+    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
+    "discount polyak average": (0, 1),
+    "expectile": (0.001, 0.999),
+    "temperature": (1e-6, 1e9),
     "prior_floor": (-1e9, 0),
-    "seed": (0, 2**32 - 1),
 }
 
 
@@ -333,8 +330,8 @@ def defaults(env="maze2d-large-demos-v1", plain=False):
 
 def parse_args():
     """The command line over the defaults of its task or, where a run goes on, over what that run began with."""
-    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    args = tyro.cli(Args, args=words)  # a first look, for the task or the run; --help waits for their defaults
+    # A first look, for the task or the run; --help waits for their defaults.
+    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     if args.resume is not None and args.eval_only is not None:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     folder = args.eval_only if args.resume is None else args.resume

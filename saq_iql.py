@@ -306,14 +306,14 @@ PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, 
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
-LIMITS = {  # what a number must at least be, and at most
+LIMITS = {  # what a number must at least be, and at most; of all scripts
     "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "lr weight_decay reward_scale revive_every video beta": (0, 1e9),
-    "discount polyak": (0, 1),
+    "target_every cql_samples": (1, 1e9),
+    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
+    "discount polyak average": (0, 1),
     "expectile": (0.001, 0.999),
     "temperature": (1e-6, 1e9),
     "prior_floor": (-1e9, 0),
-    "seed": (0, 2**32 - 1),
 }
 
 
@@ -327,8 +327,8 @@ def defaults(env="maze2d-large-demos-v1", plain=False):
 
 def parse_args():
     """The command line over the defaults of its task or, where a run goes on, over what that run began with."""
-    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    args = tyro.cli(Args, args=words)  # a first look, for the task or the run; --help waits for their defaults
+    # A first look, for the task or the run; --help waits for their defaults.
+    args = tyro.cli(Args, args=[word for word in sys.argv[1:] if word not in ("-h", "--help")])
     if args.resume is not None and args.eval_only is not None:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     folder = args.eval_only if args.resume is None else args.resume

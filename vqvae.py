@@ -405,13 +405,8 @@ def with_a_word_when_slow(update, block=100, seconds=20.0, times=10.0):
             fastest = min(fastest, took)
             if took > max(seconds, times * fastest) and not said:
                 said = True
-                print(
-                    f"\nwarning: a step takes {took / fastest:.0f} times as long as the fastest ones did. Where other ",
-                    end="",
-                )
-                print(
-                    "programs share the processor, fewer threads are faster: stop, then resume with OMP_NUM_THREADS=1."
-                )
+                words = "Where other programs share the processor, stop, and resume with OMP_NUM_THREADS=1."
+                print(f"\nwarning: a step takes {took / fastest:.0f} times as long as the fastest ones did. {words}")
         return info
 
     return step

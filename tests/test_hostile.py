@@ -21,6 +21,7 @@ from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, o
 from forked import Forked
 
 import saq_cql
+import vqvae
 from vqvae import ActionVQVAE, UserError, check_numbers, load_arrays, make_env, make_transitions, write_file
 
 SHORT = ["--vq-steps", 6, "--steps", 6, "--eval-every", 3, "--log-every", 2, "--eval-episodes", 1]
@@ -452,6 +453,23 @@ def test_a_bar_that_nobody_watches_is_short(monkeypatch):
         monkeypatch.setattr(saq_cql.sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         saq_cql.Run.train(run, "quantizer", (), 1, None)
     assert found == [30, 0.1]
+
+
+def test_steps_that_become_slow_are_announced_once(monkeypatch, capsys):
+    """As where other programs take the processor: ten times the fastest hundred, and twenty seconds, are too long."""
+    clock, pace = [0.0], [0.01]
+    monkeypatch.setattr(vqvae.time, "perf_counter", lambda: clock[0])
+
+    def update():
+        clock[0] += pace[0]
+        return {}
+
+    step = vqvae.with_a_word_when_slow(update)
+    for seconds, said in [(0.01, 0), (0.05, 0), (0.3, 1), (0.3, 0)]:  # 0.05: five times; 0.3: thirty times
+        pace[0] = seconds
+        for _ in range(100):
+            assert step() == {}
+        assert capsys.readouterr().out.count("OMP_NUM_THREADS=1") == said
 
 
 # --- kill -9 ---
