@@ -103,8 +103,9 @@ HPARAMS = {
 class DiscreteBC(nn.Module):
     """A classifier of the K codes of a frozen quantizer.
 
-    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy. The quantizer is a part of the
-    agent: what state_dict() saves can act again. Read of `args`: lr, use_prior, act."""
+    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
+    `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
+    Read of `args`: lr, use_prior, act."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()

@@ -116,9 +116,10 @@ HPARAMS = {
 class DiscreteBRAC(nn.Module):
     """BRAC-v over the K codes of a frozen quantizer, with the dataset's own policy over them as a prior.
 
-    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy. The quantizer is a part of the
-    agent: what state_dict() saves can act again. Read of `args`: lr, weight_decay, discount, beta, alpha, polyak,
-    prior_floor, literal, actor_free, act. Raises UserError for actor_free without an alpha."""
+    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
+    `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
+    Read of `args`: lr, weight_decay, discount, beta, alpha, polyak, prior_floor,
+    literal, actor_free, act. Raises UserError for actor_free without an alpha."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()

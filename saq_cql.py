@@ -118,9 +118,9 @@ HPARAMS = {
 class DiscreteCQL(nn.Module):
     """CQL over the K codes of a frozen quantizer: one Q network with K outputs, every sum over actions exact.
 
-    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy. The quantizer is a part of the
-    agent: what state_dict() saves can act again. Read of `args`: lr, weight_decay, alpha, discount, target_every,
-    average, act."""
+    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
+    `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
+    Read of `args`: lr, weight_decay, alpha, discount, target_every, average, act."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()

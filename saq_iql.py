@@ -119,9 +119,10 @@ class DiscreteIQL(nn.Module):
     """IQL over the K codes of a frozen quantizer: V, one Q network with K outputs, the dataset's own policy over codes
     as a prior, and no policy network. Networks have SAQ-CQL's size; the authors' are 256-256.
 
-    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy. The quantizer is a part of the
-    agent: what state_dict() saves can act again. Read of `args`: lr, weight_decay, discount, expectile, polyak,
-    temperature, prior_floor, exact_expectile, act."""
+    A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
+    `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
+    Read of `args`: lr, weight_decay, discount, expectile, polyak, temperature,
+    prior_floor, exact_expectile, act."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
