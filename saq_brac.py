@@ -21,7 +21,7 @@ revived (--plain undoes these three).
     python saq_brac.py --env Pendulum-v1 --dataset-path mine.npz  # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. BRAC: Wu, Tucker and
-Nachum, 2019, arXiv:1911.11361. Needs vqvae.py and, but for Gymnasium's own names, offline_envs.py.
+Nachum, 2019, arXiv:1911.11361. Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
 """
 
 import copy

@@ -21,7 +21,7 @@ flicker; observations are normalised; the quantizer's learning rate falls to 0; 
     python saq_cql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. CQL: Kumar et al.,
-NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, but for Gymnasium's own names, offline_envs.py.
+NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
 """
 
 import copy

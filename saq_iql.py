@@ -18,7 +18,7 @@ falls to 0; codes that no action chooses are revived (--plain undoes these three
     python saq_iql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. IQL: Kostrikov et
-al., ICLR 2022, arXiv:2110.06169. Needs vqvae.py and, but for Gymnasium's own names, offline_envs.py.
+al., ICLR 2022, arXiv:2110.06169. Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
 """
 
 import copy

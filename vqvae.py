@@ -560,7 +560,7 @@ def check_unchanged(arguments, begun, free):
 
 
 def make_env(name, dataset_path=None):
-    """The environment of a task: a D4RL or robomimic name from offline_envs.py, any Gymnasium id, or the id of a Minari
+    """The environment of a task: a D4RL or robomimic name from offline_envs, any Gymnasium id, or the id of a Minari
     dataset; None for "none". Its `spec` makes more of them."""
     if name == "none":
         return None
@@ -570,7 +570,7 @@ def make_env(name, dataset_path=None):
         importlib.import_module("offline_envs")  # a plugin: registers its names with Gymnasium
         missing = ""
     except ImportError as error:
-        missing = f" (offline_envs.py: {error})"
+        missing = f" (offline_envs: {error})"
     env_id, kwargs = name.removeprefix("offline_envs:"), {}
     known = gym.registry.get(env_id)
     if known and known.entry_point == "offline_envs:make":  # robomimic's environments are made as a dataset says

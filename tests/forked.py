@@ -86,8 +86,9 @@ def child(script, args, cwd, env, before, path, limits, stdout, stderr):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [script, *args]
+    folders = (ROOT, ROOT / "offline_envs")
     own = [
-        name for name, module in sys.modules.items() if Path(getattr(module, "__file__", None) or "/").parent == ROOT
+        name for name, module in sys.modules.items() if Path(getattr(module, "__file__", None) or "/").parent in folders
     ]
     for name in own:
         del sys.modules[name]

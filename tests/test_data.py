@@ -181,13 +181,13 @@ def demonstrations(path, arms=1, next_obs=True, lengths=(5, 4)):
 
 def reader(arms=1):
     """offline_envs' robomimic environment without its simulation, which reading a file does not need."""
-    gym.make("offline_envs:hopper-expert-v2")
-    import offline_envs
+    from offline_envs import OfflineEnv
+    from offline_envs.robomimic import Robomimic
 
-    robomimic = offline_envs.Robomimic.__new__(offline_envs.Robomimic)
+    robomimic = Robomimic.__new__(Robomimic)
     robomimic.keys = [f"robot{arm}_{part}" for arm in range(arms) for part in ("eef_pos", "eef_quat", "gripper_qpos")]
     robomimic.keys.append("object")
-    return offline_envs.OfflineEnv(robomimic, "http://x/lift/ph/low_dim_v141.hdf5", 0.0, 1.0)
+    return OfflineEnv(robomimic, "http://x/lift/ph/low_dim_v141.hdf5", 0.0, 1.0)
 
 
 @pytest.mark.parametrize(("arms", "next_obs"), [(1, True), (1, False), (2, True)])
@@ -436,7 +436,7 @@ def server(tmp_path, monkeypatch):
     import offline_envs
 
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(offline_envs, "TIMEOUT", 0.5)
+    monkeypatch.setattr(offline_envs.datasets, "TIMEOUT", 0.5)
     write(tmp_path / "source.hdf5", dataset(obs_dim=11, action_dim=3))
     httpd = Server((tmp_path / "source.hdf5").read_bytes())
     while not isinstance(env, offline_envs.OfflineEnv):

@@ -1,0 +1,38 @@
+"""The tasks of D4RL and robomimic for today's Gymnasium: environments, datasets and reference scores.
+
+This package is a Gymnasium plugin, which Gymnasium loads by its name. A file here is a family of tasks.
+
+    env = gymnasium.make("offline_envs:hopper-expert-v2")
+    dataset = env.get_wrapper_attr("get_dataset")()                        # dict of arrays in D4RL's layout
+    score = 100 * env.get_wrapper_attr("get_normalized_score")(episode_return)
+
+| names                                                | what is behind them                                      |
+|------------------------------------------------------|----------------------------------------------------------|
+| {hopper,halfcheetah,walker2d,ant}-*-v{0,1,2}         | locomotion.py: Gymnasium's `-v4` environments            |
+| {pen,door,hammer,relocate}-*-v{0,1}                  | adroit.py: Gymnasium-Robotics' hand, D4RL's rewards      |
+| kitchen-{complete,partial,mixed}-v0                  | kitchen.py: Gymnasium-Robotics' FrankaKitchen, D4RL's    |
+|                                                      | observations and rewards                                 |
+| antmaze-[eval-]umaze[-diverse]-v{0,1,2},             | antmaze.py: D4RL's ant and walls; needs `pip install     |
+| antmaze-[eval-]{medium,large}-{play,diverse}-v{0,1,2}| --no-deps d4rl==1.1`, for the robot's file               |
+| maze2d-[eval-]{open,umaze,medium,large}[-dense]-v{0,1}| maze2d.py: Gymnasium-Robotics' point, D4RL's mazes      |
+| maze2d-large-demos-v1                                | the same, from a fixed start; its data is in demos/      |
+| {lift,can,square,transport}-{ph,mh}, tool-hang-ph    | robomimic.py: robosuite 1.4.1, made as the dataset says; |
+|                                                      | needs `pip install -r requirements-robomimic.txt`        |
+| minari-v0, with `dataset_id="D4RL/door/human-v2"`    | minari_datasets.py: what a Minari dataset recovers       |
+
+Datasets are read from ~/.d4rl/datasets (or $D4RL_DATASET_DIR) and downloaded there once. `get_dataset(path)` reads
+any other file. D4RL's URLs and reference scores are those of version 1.1 (Fu et al., 2020, arXiv:2004.07219), and the
+physics is that of MuJoCo 2.1.0, on which it ran (mujoco210.py).
+"""
+
+import warnings
+
+from . import adroit, antmaze, kitchen, locomotion, maze2d, robomimic
+from .minari_datasets import MinariEnv
+from .offline_env import OfflineEnv, make
+
+# A family registers its names when it is imported.
+__all__ = ["MinariEnv", "OfflineEnv", "adroit", "antmaze", "kitchen", "locomotion", "make", "maze2d", "robomimic"]
+
+# D4RL's names carry the version of the *dataset*; Gymnasium would advise "hopper-expert-v2" in place of v0.
+warnings.filterwarnings("ignore", message=r".*The environment \w+-[\w-]+-v\d is out of date.*")
