@@ -6,7 +6,7 @@ import numpy as np
 from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES, KitchenEnv
 
 from .datasets import SERVER, best_rewards, read
-from .mujoco210 import collide_as_before
+from .mujoco210 import collide_as_before, weigh_capsules
 from .offline_env import register
 
 NOISE = 0.1  # times a uniform number in [-1, 1] and the amplitude of a joint (radians or meters)
@@ -34,6 +34,7 @@ class Kitchen(gym.ObservationWrapper):
     def __init__(self, tasks, render_mode=None):
         super().__init__(Noisy(tasks_to_complete=list(tasks), render_mode=render_mode, robot_noise_ratio=NOISE))
         robot = self.env.robot_env
+        weigh_capsules(robot.model, robot.fullpath)
         collide_as_before(robot.model)
         mujoco.mj_normalizeQuat(robot.model, robot.init_qpos)  # the kettle's, which 2.1.0 does at the first reset
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (60,), np.float64)

