@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, dataset, write
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def python(*words, **environment):
+def python(*words, cwd=ROOT, **environment):
     process = subprocess.run(
-        [sys.executable, *words], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, *words], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
     return process
@@ -68,3 +68,15 @@ def test_every_logged_number_is_explained(script):
     keys = set(re.findall(r'"(\w+)": [\w.()]', agents)) - {script, script.removeprefix("saq_"), "gaussian_bc"}
     assert keys
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
+
+
+def test_the_environments_without_the_scripts(tmp_path):
+    """The example for those who miss D4RL, beside a copy of the folder, where there is no PyTorch."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(), flags=re.S)
+    shutil.copytree(ROOT / "offline_envs", tmp_path / "offline_envs")
+    write(tmp_path / "hopper_medium-v2.hdf5", dataset(obs_dim=11, action_dim=3))
+    (tmp_path / "alone.py").write_text("import sys\nsys.modules['torch'] = None\n" + block)
+    process = python("alone.py", cwd=tmp_path, D4RL_DATASET_DIR=str(tmp_path))
+    shapes, score = process.stdout.splitlines()
+    assert shapes == "(400, 11) (400, 3)"
+    assert -1 < float(score.removeprefix("a random policy scores ")) < 3
