@@ -62,6 +62,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where tensors live
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: for 10_000 steps or more
+    precision: Literal["float32", "bfloat16"] = "float32"  # of products between hidden layers; bfloat16 is faster
     log_every: int = 500  # steps between two log entries
     eval_every: int = 5_000  # steps between two evaluations, each after a checkpoint
     eval_episodes: int = 10  # episodes of each evaluation during training, and of --eval-only
@@ -461,7 +462,7 @@ def film(agents, vqvae, task, episodes, folder):
 
 def main():
     args = parse_args()
-    device = prepare(args.device)
+    device = prepare(args.device, args.precision)
     task, data = load_task(args.env, args.dataset_path, device, args.reward_scale, args.reward_shift)
     obs_dim, action_dim, checksum = data.obs.shape[1], data.actions.shape[1], data.checksum()
 

@@ -157,6 +157,8 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
         nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
+    for inner in layers[2:-2:2]:
+        inner.between = True  # two hidden layers
     nn.init.uniform_(layer.weight, -((0.03 / fan_in) ** 0.5), (0.03 / fan_in) ** 0.5)
     return nn.Sequential(*layers[:-1])
 
@@ -281,10 +283,20 @@ def plot_codes(vqvae, obs, actions, states=6):
 
 class Linear(nn.Linear):
     """nn.Linear in a form that torch.compile makes more of: it merges the bias with the ReLU, and a layer with a single
-    output with all around it, where a call of a matrix product would take longer than the product."""
+    output with all around it, where a call of a matrix product would take longer than the product.
+
+    Where `prepare` asks for it, layers `between` two hidden ones multiply in bfloat16, forward and backward: numbers of
+    8 bits, summed in float32. Observations, outputs, losses and what the optimizer adds up stay in float32."""
+
+    bfloat16, between = False, False
 
     def forward(self, x):
-        product = (x * self.weight).sum(-1, keepdim=True) if self.out_features == 1 else x @ self.weight.T
+        if self.out_features == 1:
+            product = (x * self.weight).sum(-1, keepdim=True)
+        elif self.between and Linear.bfloat16:
+            product = (x.bfloat16() @ self.weight.bfloat16().T).float()
+        else:
+            product = x @ self.weight.T
         return product + self.bias
 
 
@@ -412,13 +424,25 @@ def with_a_word_when_slow(update, block=100, seconds=20.0, times=10.0):
     return step
 
 
-def prepare(device):
-    """The torch.device of a name, "cpu" or "cuda", ready for training. Raises UserError where there is none."""
+def prepare(device, precision="float32"):
+    """The torch.device of a name, "cpu" or "cuda", ready for training. Raises UserError where there is none.
+    precision: "bfloat16" for `Linear` of this process to multiply in, where the device has such products."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device here: choose device cpu.")
+    Linear.bfloat16 = precision == "bfloat16" and has_bfloat16(device)
+    if precision == "bfloat16" and not Linear.bfloat16:
+        print(f"this {device} has no products in bfloat16: they are in float32")
     if device == "cpu":
         tune_cpu()
     return torch.device(device)
+
+
+def has_bfloat16(device):
+    """Whether products in bfloat16 are instructions there (others emulate them, slowly)."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8  # Ampere
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: ARM
 
 
 def tune_cpu():
