@@ -18,6 +18,7 @@ from forked import Forked
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+DEVICES_SEEN = os.environ.get("CUDA_VISIBLE_DEVICES")  # before this suite hid them: for test_cuda.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite tests the CPU, bit for bit
 os.environ["OMP_NUM_THREADS"] = "1"  # its runs are tiny: threads would wait for each other
 torch.set_num_threads(1)

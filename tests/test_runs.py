@@ -34,13 +34,13 @@ def finish(tmp_path_factory):
     """finish(script): the folder and the process of one short run of the embedded task with its twins."""
     runs = {}
 
-    def finish(script):
-        if script not in runs:
+    def finish(script, *options):
+        if (script, *options) not in runs:
             out = tmp_path_factory.mktemp(script)
-            run = run_script if script == "saq_cql" else run_forked
-            process = succeeded(run("--out", out, *SHORT, script=f"{script}.py"))
-            runs[script] = (only_run(out), process)
-        return runs[script]
+            run = run_script if (script, *options) == ("saq_cql",) else run_forked
+            process = succeeded(run("--out", out, *SHORT, *options, script=f"{script}.py"))
+            runs[script, *options] = (only_run(out), process)
+        return runs[script, *options]
 
     return finish
 
@@ -102,13 +102,19 @@ def test_the_other_scripts(finish, script, agents, logged):
 
 
 @pytest.mark.parametrize(
-    ("script", "phase"),
-    [("saq_cql", "quantizer"), ("saq_cql", "saq_cql"), ("saq_cql", "cql"), ("saq_iql", "iql")],
+    ("script", "phase", "options"),
+    [
+        ("saq_cql", "quantizer", []),
+        ("saq_cql", "saq_cql", []),
+        ("saq_cql", "cql", []),
+        ("saq_iql", "iql", []),
+        ("saq_brac", "brac", ["--precision=bfloat16"]),
+    ],
 )
-def test_killed_and_resumed_is_bit_for_bit_the_same(finish, tmp_path, script, phase):
+def test_killed_and_resumed_is_bit_for_bit_the_same(finish, tmp_path, script, phase, options):
     """kill -9 some time after the first checkpoint of a phase, --resume, and nothing differs at the end."""
-    finished, _ = finish(script)
-    process = Forked("--out", tmp_path, *SHORT, script=f"{script}.py")
+    finished, _ = finish(script, *options)
+    process = Forked("--out", tmp_path, *SHORT, *options, script=f"{script}.py")
     wait_for(process, lambda: [file for file in tmp_path.glob("[!.]*/checkpoint.pt") if has_begun(file, phase)])
     process.kill()
     folder = only_run(tmp_path)

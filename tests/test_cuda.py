@@ -1,0 +1,52 @@
+"""The path of CUDA graphs, where there is a device; everything else in this suite hides it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICES_SEEN, ROOT, checkpoint, only_run, tensors
+
+needs_cuda = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
+SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc"]
+LEARNERS = ["quantizer", "saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac", "saq_bc", "bc", "gaussian_bc"]
+
+
+def run(*words):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": DEVICES_SEEN}
+    if DEVICES_SEEN is None:
+        del environment["CUDA_VISIBLE_DEVICES"]
+    command = [sys.executable, *map(str, words)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_fast_steps_are_the_plain_ones(device, precision):
+    lines = [line.split() for line in run("tests/on_device.py", device, precision).splitlines() if "has no" not in line]
+    assert [name for name, _ in lines] == LEARNERS
+    limit = {"float32": 1e-5, "bfloat16": 1e-3}[precision]
+    assert [(name, error) for name, error in lines if float(error) > limit] == []
+
+
+@needs_cuda
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path, script):
+    tiny = ["--device=cuda", "--vq-steps=20", "--eval-every=10", "--eval-episodes=1", "--final-episodes=1"]
+    run(f"{script}.py", *tiny, "--steps", 20, "--out", tmp_path / "whole")
+    run(f"{script}.py", *tiny, "--steps", 10, "--out", tmp_path / "parts")
+    run(f"{script}.py", "--resume", only_run(tmp_path / "parts"), "--steps", 20)
+    whole, parts = (tensors(checkpoint(only_run(tmp_path / name))["parts"]) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    run(f"{script}.py", "--eval-only", only_run(tmp_path / "parts"), "--eval-episodes", 1)
+
+
+@needs_cuda
+def test_the_benchmark_runs():
+    assert "SAQ-CQL" in run("benchmarks/speed.py", "--rounds", 1, "--burst", 0.05, "--transitions", 20000)
