@@ -1,23 +1,33 @@
 """Gradient steps per second of each phase of each script, and the share they reach of what matrix products do alone.
 
     python benchmarks/speed.py
+    python benchmarks/speed.py --to 112 --dataset-path hopper_expert-d4rlsim.hdf5      # seconds until a score
 
-A phase and its products are timed in turn, in short bursts, and shares are medians over the bursts: on a shared machine
-absolute speeds drift, ratios taken within one run hold. Sizes: hopper's 11 observations and 3 actions, 64 codes, batch
-256. Where d3rlpy is installed, its DiscreteCQL and CQL are timed at the same sizes. At the end, a file in D4RL's layout
-is loaded, in a process of its own: its seconds beside those that h5py takes to read the arrays, and its peak memory.
+A phase, its products, and the phase in bfloat16 where the device has it, are timed in turn, in short bursts, and
+shares are medians over the bursts: on a shared machine absolute speeds drift, ratios taken within one run hold. Sizes:
+hopper's 11 observations and 3 actions, 64 codes, batch 256. Beside them the steps of others: of d3rlpy where it is installed,
+and of the checkouts that --saq-official and --corl name (others.py says what they need).
+
+Then SAQ-CQL in as many processes of one thread each as there are cores, beside one process with all threads; and a file
+in D4RL's layout is loaded, in a process of its own: its seconds beside those that h5py takes to read the arrays, and
+its peak memory.
 """
 
+import dataclasses
+import importlib.util
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
+import others
 import torch
 import tyro
 
@@ -26,7 +36,18 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import ActionVQVAE, Transitions, accelerate, load_arrays, make_transitions, prepare
+from vqvae import (
+    ActionVQVAE,
+    Linear,
+    Transitions,
+    accelerate,
+    fit,
+    has_bfloat16,
+    load_arrays,
+    load_task,
+    make_transitions,
+    prepare,
+)
 
 OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
 
@@ -38,6 +59,18 @@ class Options:
     burst: float = 0.4  # seconds of one burst
     transitions: int = 2_000_000  # of the file that is loaded, with antmaze's 29 observations and 8 actions
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+    saq_official: Path | None = None  # a checkout of jianlanluo/SAQ, to time its steps as well
+    corl: Path | None = None  # a checkout of tinkoff-ai/CORL, to time its IQL as well
+    # --- In place of all that ---
+    to: float | None = None  # the score that SAQ-CQL, then CQL, are to reach in two evaluations in a row, on one core
+    env: str = "hopper-expert-v2"  # on this task
+    dataset_path: str | None = None  # its data
+    seed: int = 0  # of the networks and batches
+    precision: Literal["float32", "bfloat16"] = "float32"  # of products between hidden layers
+    vq_steps: int = 10_000  # of the quantizer
+    steps: int = 40_000  # of each agent, at most
+    eval_every: int = 500  # steps between two evaluations of ten episodes; their seconds do not count
+    limit: float = 1_200.0  # seconds after which an agent has failed
 
 
 # --- The matrix products of one step: (rows, inner, columns) of each ---
@@ -128,32 +161,16 @@ def phases(device, compile):
     return {"quantizer fit": accelerate(fit_step, device, compile)} | steps
 
 
-def d3rlpy_updates(device):
-    """d3rlpy's steps at the same sizes, {} where it is not installed."""
-    try:
-        import d3rlpy
-    except ImportError:
-        return {}
-    rows, rng = 10_000, np.random.default_rng(0)
-    encoder = {512: d3rlpy.models.VectorEncoderFactory([512, 512]), 256: d3rlpy.models.VectorEncoderFactory([256, 256])}
-    kinds = {"SAQ-CQL": d3rlpy.ActionSpace.DISCRETE, "CQL": d3rlpy.ActionSpace.CONTINUOUS}
-    updates = {}
-    for phase, kind in kinds.items():
-        if phase == "SAQ-CQL":
-            actions = rng.integers(CODES, size=(rows, 1))
-            config = d3rlpy.algos.DiscreteCQLConfig(batch_size=BATCH, encoder_factory=encoder[512])
-        else:
-            actions = rng.uniform(-1, 1, (rows, ACTIONS)).astype(np.float32)
-            factories = {"actor_encoder_factory": encoder[256], "critic_encoder_factory": encoder[256]}
-            config = d3rlpy.algos.CQLConfig(batch_size=BATCH, **factories)
-        timeouts = (np.arange(rows) % 1000 == 999).astype(np.float32)
-        observations, rewards = rng.standard_normal((rows, OBS)).astype(np.float32), rng.random((rows, 1), np.float32)
-        terminals = np.zeros(rows, np.float32)
-        dataset = d3rlpy.dataset.MDPDataset(observations, actions, rewards, terminals, timeouts, action_space=kind)
-        algo = config.create(device=f"{device.type}:0")
-        algo.build_with_dataset(dataset)
-        updates[phase] = lambda algo=algo, dataset=dataset: algo.update(dataset.sample_transition_batch(BATCH))
-    return updates
+def other_updates(options, device):
+    """{phase: {name: function}} of the other implementations that can be imported."""
+    found = {}
+    if importlib.util.find_spec("d3rlpy"):
+        found["d3rlpy"] = others.d3rlpy_updates(OBS, ACTIONS, CODES, device)
+    if options.saq_official:
+        found["official"] = others.saq_official_updates(options.saq_official, OBS, ACTIONS, CODES)
+    if options.corl:
+        found["CORL"] = others.corl_updates(options.corl, OBS, ACTIONS)
+    return {phase: {name: steps[phase] for name, steps in found.items() if phase in steps} for phase in PRODUCTS}
 
 
 def rate(step, seconds, device):
@@ -213,31 +230,107 @@ def in_new_process(function, path):
         return pool.apply(function, (path,))
 
 
+# --- Processes side by side ---
+
+
+def saq_cql_rate(threads, seconds, compile):
+    """Steps per second of SAQ-CQL in a process of its own with so many threads."""
+    torch.set_num_threads(threads)
+    device = prepare("cpu")
+    step = phases(device, compile)["SAQ-CQL"]
+    rate(step, seconds / 2, device)
+    return rate(step, seconds, device)
+
+
+def side_by_side(cores, seconds, compile):
+    """Steps per second of one process with a thread for each core, and the sum over processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        together = pool.apply(saq_cql_rate, (cores, seconds, compile))
+    with context.Pool(cores) as pool:
+        alone = pool.starmap(saq_cql_rate, [(1, seconds, compile)] * cores)
+    return together, sum(alone)
+
+
+# --- Time to a score ---
+
+
+def time_to(options):
+    """Prints the seconds of one core, compilation included, until each agent of saq_cql.py has the score."""
+    torch.set_num_threads(1)
+    device = prepare("cpu", options.precision)
+    names = ("env", "dataset_path", "seed", "precision", "vq_steps", "steps")
+    args = dataclasses.replace(saq_cql.defaults(options.env), **{name: getattr(options, name) for name in names})
+    task, data = load_task(args.env, args.dataset_path, device, args.reward_scale, args.reward_shift)
+    torch.manual_seed(args.seed)
+    vqvae = ActionVQVAE(data.obs.shape[1], data.actions.shape[1], args.num_codes, lr=args.lr)
+    agents = saq_cql.make_agents(data.obs.shape[1], data.actions.shape[1], vqvae, args)
+    vqvae.set_units(data.obs)
+    data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
+    start = time.perf_counter()
+    for _ in fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, compile=args.compile):
+        pass
+    data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
+    fitted = time.perf_counter() - start
+    print(f"quantizer: {args.vq_steps} steps in {fitted:.0f} s", flush=True)
+    envs = saq_cql.make_eval_envs(task.env.spec, 10)
+    for name, agent in agents.items():
+        torch.manual_seed(args.seed)
+        spent, above, start = fitted if name == "saq_cql" else 0.0, 0, time.perf_counter()
+        for step, _ in saq_cql.learn(agent, data, args, 0):
+            if step % options.eval_every:
+                continue
+            spent += time.perf_counter() - start
+            with torch.random.fork_rng():
+                score = task.score(saq_cql.evaluate(agent, vqvae, envs, 10).mean())
+            above = above + 1 if score >= options.to else 0
+            if above == 2 or spent > options.limit:
+                break
+            start = time.perf_counter()
+        reached = f"is at {options.to:g}" if above == 2 else f"has not reached {options.to:g}"
+        print(f"{name} {reached} after {spent:.0f} s and {step} steps (last score {score:.1f})", flush=True)
+
+
 def main():
     options = tyro.cli(Options, description=__doc__)
-    device = prepare(options.device)
-    others = d3rlpy_updates(device)
-    print(f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'d3rlpy/s':>10}{'ratio':>8}")
-    steps = phases(device, "on" if options.compile else "off")
+    if options.to is not None:
+        return time_to(options)
+    device, compile = prepare(options.device), "on" if options.compile else "off"
+    reduced = has_bfloat16(options.device)
+    others_steps = other_updates(options, device)
+    print(
+        f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'bfloat16':>10}{'ratio':>8}  others (ours / theirs)"
+    )
+    steps, steps_reduced = phases(device, compile), phases(device, compile)
     for phase in PRODUCTS:
-        step = steps[phase]
-        contenders = {"ours": step, "limit": multiply(phase, device)}
-        if phase in others:
-            contenders["d3rlpy"] = others[phase]
+        contenders = {"ours": steps[phase], "limit": multiply(phase, device)} | others_steps[phase]
+        if reduced:
+            contenders["bfloat16"] = steps_reduced[phase]
         rates = {name: [] for name in contenders}
-        for contender in contenders.values():
-            rate(contender, options.burst, device)  # compilation, warm-up
-        for _ in range(options.rounds):
+        for turn in range(1 + options.rounds):
             for name, contender in contenders.items():
-                rates[name].append(rate(contender, options.burst, device))
+                Linear.bfloat16 = name == "bfloat16"
+                measured = rate(contender, options.burst, device)
+                if turn:  # the first one compiles
+                    rates[name].append(measured)
+        ratio = {
+            name: statistics.median(ours / other for ours, other in zip(rates["ours"], values, strict=True))
+            for name, values in rates.items()
+        }
         median = {name: statistics.median(values) for name, values in rates.items()}
-        share = statistics.median(ours / limit for ours, limit in zip(rates["ours"], rates["limit"], strict=True))
-        line = f"{phase:20}{median['ours']:10.1f}{median['limit']:12.1f}{share:8.0%}"
-        if "d3rlpy" in rates:
-            ratios = (ours / other for ours, other in zip(rates["ours"], rates["d3rlpy"], strict=True))
-            line += f"{median['d3rlpy']:10.1f}{statistics.median(ratios):8.1f}"
+        line = f"{phase:20}{median['ours']:10.1f}{median['limit']:12.1f}{ratio['limit']:8.0%}"
+        line += f"{median['bfloat16']:10.1f}{1 / ratio['bfloat16']:8.2f}" if reduced else f"{'-':>10}{'-':>8}"
+        for name in others_steps[phase]:
+            line += f"  {name} {median[name]:.1f} ({ratio[name]:.1f})"
         print(line, flush=True)
 
+    cores = os.cpu_count()
+    if device.type == "cpu" and cores > 1:
+        together, alone = side_by_side(cores, 5 * options.burst, compile)
+        words = (
+            f"{together:.0f} steps/s in one process of {cores} threads, {alone:.0f} in {cores} processes of one thread"
+        )
+        print(f"SAQ-CQL: {words}")
     if sys.platform != "linux":
         return  # /proc, which knows the memory, is Linux's
     with tempfile.TemporaryDirectory() as folder:
