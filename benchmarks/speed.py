@@ -5,8 +5,8 @@
 
 A phase, its products, and the phase in bfloat16 where the device has it, are timed in turn, in short bursts, and
 shares are medians over the bursts: on a shared machine absolute speeds drift, ratios taken within one run hold. Sizes:
-hopper's 11 observations and 3 actions, 64 codes, batch 256. Beside them the steps of others: of d3rlpy where it is installed,
-and of the checkouts that --saq-official and --corl name (others.py says what they need).
+hopper's 11 observations and 3 actions, 64 codes, batch 256. Beside them the steps of others: of d3rlpy where it is
+installed, and of the checkouts that --saq-official and --corl name (others.py says what they need).
 
 Then SAQ-CQL in as many processes of one thread each as there are cores, beside one process with all threads; and a file
 in D4RL's layout is loaded, in a process of its own: its seconds beside those that h5py takes to read the arrays, and
@@ -298,9 +298,8 @@ def main():
     device, compile = prepare(options.device), "on" if options.compile else "off"
     reduced = has_bfloat16(options.device)
     others_steps = other_updates(options, device)
-    print(
-        f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'bfloat16':>10}{'ratio':>8}  others (ours / theirs)"
-    )
+    titles = f"{'steps/s':>10}{'products/s':>12}{'share':>8}{'bfloat16':>10}{'ratio':>8}  others (ours / theirs)"
+    print(f"{'phase':20}{titles}")
     steps, steps_reduced = phases(device, compile), phases(device, compile)
     for phase in PRODUCTS:
         contenders = {"ours": steps[phase], "limit": multiply(phase, device)} | others_steps[phase]
@@ -327,10 +326,9 @@ def main():
     cores = os.cpu_count()
     if device.type == "cpu" and cores > 1:
         together, alone = side_by_side(cores, 5 * options.burst, compile)
-        words = (
-            f"{together:.0f} steps/s in one process of {cores} threads, {alone:.0f} in {cores} processes of one thread"
+        print(
+            f"SAQ-CQL: {together:.0f} steps/s in one process of {cores} threads, {alone:.0f} in {cores} of one thread"
         )
-        print(f"SAQ-CQL: {words}")
     if sys.platform != "linux":
         return  # /proc, which knows the memory, is Linux's
     with tempfile.TemporaryDirectory() as folder:
