@@ -326,9 +326,7 @@ def main():
     cores = os.cpu_count()
     if device.type == "cpu" and cores > 1:
         together, alone = side_by_side(cores, 5 * options.burst, compile)
-        print(
-            f"SAQ-CQL: {together:.0f} steps/s in one process of {cores} threads, {alone:.0f} in {cores} of one thread"
-        )
+        print(f"SAQ-CQL: {together:.0f} steps/s in a process of {cores} threads, {alone:.0f} in {cores} of one thread")
     if sys.platform != "linux":
         return  # /proc, which knows the memory, is Linux's
     with tempfile.TemporaryDirectory() as folder:

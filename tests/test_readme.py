@@ -83,7 +83,7 @@ def test_the_benchmark(tmp_path):
     process = run_script(*options.split(), script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
     *rows, side_by_side, loading = process.stdout.splitlines()[1:]
-    rates = re.fullmatch(r"SAQ-CQL: (\d+) steps/s in one process .*, (\d+) in \d+ of one thread", side_by_side)
+    rates = re.fullmatch(r"SAQ-CQL: (\d+) steps/s in a process .*, (\d+) in \d+ of one thread", side_by_side)
     assert min(map(int, rates.groups())) > 0
     assert re.fullmatch(r"loading 20,000 transitions: [\d.]+ s, [\d.]+ times h5py alone; peak memory .*", loading)
     names = ["quantizer fit", "SAQ-CQL", "SAQ-IQL", "SAQ-BRAC", "SAQ-BC", "CQL", "IQL", "BRAC", "BC"]
