@@ -6,19 +6,14 @@ This package is a Gymnasium plugin, which Gymnasium loads by its name. A file he
     dataset = env.get_wrapper_attr("get_dataset")()                        # dict of arrays in D4RL's layout
     score = 100 * env.get_wrapper_attr("get_normalized_score")(episode_return)
 
-| names                                                | what is behind them                                      |
-|------------------------------------------------------|----------------------------------------------------------|
-| {hopper,halfcheetah,walker2d,ant}-*-v{0,1,2}         | locomotion.py: Gymnasium's `-v4` environments            |
-| {pen,door,hammer,relocate}-*-v{0,1}                  | adroit.py: Gymnasium-Robotics' hand, D4RL's rewards      |
-| kitchen-{complete,partial,mixed}-v0                  | kitchen.py: Gymnasium-Robotics' FrankaKitchen, D4RL's    |
-|                                                      | observations and rewards                                 |
-| antmaze-[eval-]umaze[-diverse]-v{0,1,2},             | antmaze.py: D4RL's ant and walls; needs `pip install     |
-| antmaze-[eval-]{medium,large}-{play,diverse}-v{0,1,2}| --no-deps d4rl==1.1`, for the robot's file               |
-| maze2d-[eval-]{open,umaze,medium,large}[-dense]-v{0,1}| maze2d.py: Gymnasium-Robotics' point, D4RL's mazes      |
-| maze2d-large-demos-v1                                | the same, from a fixed start; its data is in demos/      |
-| {lift,can,square,transport}-{ph,mh}, tool-hang-ph    | robomimic.py: robosuite 1.4.1, made as the dataset says; |
-|                                                      | needs `pip install -r requirements-robomimic.txt`        |
-| minari-v0, with `dataset_id="D4RL/door/human-v2"`    | minari_datasets.py: what a Minari dataset recovers       |
+locomotion.py       hopper-, halfcheetah-, walker2d-, ant-*: Gymnasium's `-v4` environments
+adroit.py           pen-, door-, hammer-, relocate-*: Gymnasium-Robotics' hand with D4RL's rewards
+kitchen.py          kitchen-*: Gymnasium-Robotics' FrankaKitchen with D4RL's observations and rewards
+maze2d.py           maze2d-*: Gymnasium-Robotics' point in D4RL's mazes; maze2d-large-demos-v1, whose data is in demos/
+antmaze.py          antmaze-*: D4RL's ant and walls; needs `pip install --no-deps d4rl==1.1`, for the robot's file
+robomimic.py        lift-, can-, square-, transport-, tool-hang-*: robosuite 1.4.1, made as the dataset says; needs
+                    `pip install -r requirements-robomimic.txt`
+minari_datasets.py  minari-v0, with `dataset_id="D4RL/door/human-v2"`: what a Minari dataset recovers
 
 Datasets are read from ~/.d4rl/datasets (or $D4RL_DATASET_DIR) and downloaded there once. `get_dataset(path)` reads
 any other file. D4RL's URLs and reference scores are those of version 1.1 (Fu et al., 2020, arXiv:2004.07219), and the
