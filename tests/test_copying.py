@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, dataset, only_run, run_forked, run_script, succeeded, write
+from conftest import ROOT, dataset, one_sentence, only_run, run_forked, run_script, succeeded, write
 from test_closed_forms import random_batch
 
 import saq_bc
@@ -234,3 +235,15 @@ def test_two_files_in_an_empty_folder_train_on_a_users_own_data(tmp_path, script
     process = succeeded(run_forked(scaled, cwd=tmp_path, script="foreign.py"))
     first, last = map(float, process.stdout.splitlines()[-1].split())
     assert last < first
+
+
+def test_with_the_folder_of_environments_a_copy_knows_d4rls_names(tmp_path):
+    for file in ("saq_bc.py", "vqvae.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    write(tmp_path / "hopper_medium-v2.hdf5", dataset(obs_dim=11, action_dim=3))
+    command = ["--env", "hopper-medium-v2", "--vq-steps=20", "--steps=20", "--eval-episodes=1", "--final-episodes=1"]
+    options = {"cwd": tmp_path, "script": "saq_bc.py", "env": {**os.environ, "D4RL_DATASET_DIR": str(tmp_path)}}
+    assert "(offline_envs: No module named 'offline_envs')" in one_sentence(run_script(*command, **options))
+    shutil.copytree(ROOT / "offline_envs", tmp_path / "offline_envs")
+    process = succeeded(run_script(*command, **options))
+    assert "the data are D4RL's." in process.stdout
