@@ -83,7 +83,7 @@ class Args:
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
-    act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
+    act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     # --- SAQ-BC ---
     use_prior: bool = False  # train the quantizer's own prior p(k | s) on, in place of a second network
 
@@ -126,18 +126,13 @@ class DiscreteBC(nn.Module):
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) -> actions (B, A): a code by the classifier, decoded in its state."""
-        return self.vqvae.decode(obs, choose(self.logits(obs), self.args.act)).clamp(-1, 1)
+        """obs (B, O) -> actions (B, A): what the classifier's likeliest code stands for, one drawn, or the mean."""
+        return self.vqvae.act(obs, self.logits(obs), self.args.act)
 
     @torch.no_grad()
     def diagnose(self, batch):
         """The mean squared distance between what the policy does (where it samples: one draw) and what the data did."""
         return {"action_error": (self.act(batch.obs) - batch.actions).square().mean()}
-
-
-def choose(logits, how):
-    """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 # --- Continuous BC ---

@@ -87,7 +87,7 @@ class Args:
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
-    act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
+    act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     # --- Both BRACs ---
     beta: float = 1.0  # weight of staying near the dataset's policy, in units of Q, in the policy and in the value
     polyak: float = 0.005  # rate at which target networks follow
@@ -182,20 +182,15 @@ class DiscreteBRAC(nn.Module):
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) -> actions (B, A): a code by the policy, decoded in its state."""
+        """obs (B, O) -> actions (B, A): what the policy does, by its likeliest code, one drawn, or its mean."""
         log_pi = self.log_policy(obs, torch.minimum(*(qf(obs) for qf in self.qf)))
-        return self.vqvae.decode(obs, choose(log_pi, self.args.act)).clamp(-1, 1)
+        return self.vqvae.act(obs, log_pi, self.args.act)
 
     @torch.no_grad()
     def diagnose(self, batch):
         """KL(pi || p) of the policy from the floored prior, for the figure: a sum of K terms."""
         log_pi = self.log_policy(batch.obs, torch.minimum(*(qf(batch.obs) for qf in self.qf)))
         return {"kl_exact": (log_pi.exp() * (log_pi - self.log_prior(batch.obs))).sum(1).mean()}
-
-
-def choose(logits, how):
-    """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 # --- Continuous BRAC ---

@@ -10,7 +10,7 @@ middle, it is a sum of K terms. The steps, and who does them:
     2. `encode_dataset` replaces every action of the dataset by its code k, once
     3. `DiscreteCQL.update` trains Q(s, .), K outputs; y = r + gamma Q_target(s', argmax_j Q(s', j)), at terminals r:
            (Q(s, k) - y)^2 + alpha (log sum_j exp Q(s, j) - Q(s, k))        TD error + exact penalty (Eq. 12)
-    4. `DiscreteCQL.act` decodes the best code, or one drawn from softmax(Q); `ContinuousCQL`, its twin, comes after
+    4. `DiscreteCQL.act` decodes the best code, or samples or averages over softmax(Q); its twin is `ContinuousCQL`
 
 Unlike in the authors' code (docs/saq_cql.md has all): a running average of Q acts, so that the best code does not
 flicker; observations are normalised; the quantizer's learning rate falls to 0; codes that no action chooses are revived
@@ -87,7 +87,7 @@ class Args:
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
-    act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
+    act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     # --- SAQ-CQL ---
     alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10
     target_every: int = 200  # steps between two copies of the Q network into its target
@@ -163,20 +163,15 @@ class DiscreteCQL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O), as vqvae.normalize returns them -> actions (B, A): the best code, or one drawn from softmax(Q),
-        decoded in its state."""
+        """obs (B, O), as vqvae.normalize returns them -> actions (B, A): what the best code stands for, or one drawn
+        from softmax(Q), or the mean of all under it."""
         q = self.qf_average(obs) if self.args.average else self.qf(obs)  # (B, K)
-        return self.vqvae.decode(obs, choose(q, self.args.act)).clamp(-1, 1)
+        return self.vqvae.act(obs, q, self.args.act)
 
     @torch.no_grad()
     def diagnose(self, batch):
         """The penalty, for comparison.png: over codes its exact value is the one that training sees."""
         return {"penalty_exact": self.loss(batch)[1]["penalty"]}
-
-
-def choose(logits, how):
-    """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 # --- Continuous CQL ---

@@ -84,7 +84,7 @@ class Args:
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
-    act: Literal["greedy", "sample"] = "greedy"  # SAQ (and Gaussian cloning): the likeliest action, or one drawn
+    act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     # --- Both IQLs ---
     expectile: float = 0.7  # tau: V(s) is this expectile of Q(s, a) over the dataset's actions
     polyak: float = 0.005  # rate at which target networks follow
@@ -178,18 +178,13 @@ class DiscreteIQL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) -> actions (B, A): a code by the policy of Eq. 14, decoded in its state."""
-        return self.vqvae.decode(obs, choose(self.policy_logits(obs), self.args.act)).clamp(-1, 1)
+        """obs (B, O) -> actions (B, A): what the policy of Eq. 14 does: its likeliest code, one drawn, or the mean."""
+        return self.vqvae.act(obs, self.policy_logits(obs), self.args.act)
 
     @torch.no_grad()
     def diagnose(self, batch):
         """The mean of V, for the figure: one that runs away from what episodes return is a mistake."""
         return {"value": self.value(batch.obs).mean()}
-
-
-def choose(logits, how):
-    """One code for each row of logits (B, K): the most likely, or one drawn from their softmax. Returns (B,)."""
-    return logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]
 
 
 def expectile_loss(adv, tau):

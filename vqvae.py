@@ -90,6 +90,21 @@ class ActionVQVAE(nn.Module):
         """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
         return self.decoder(torch.cat([self.condition(obs), self.codebook[codes]], -1))
 
+    def candidates(self, obs):
+        """obs (B, O) -> actions (B, K, A): what every code stands for there."""
+        codes = torch.arange(self.num_codes, device=obs.device)
+        return self.decode(obs[:, None].expand(-1, self.num_codes, -1), codes.expand(len(obs), -1))
+
+    def act(self, obs, logits, how):
+        """What a policy over codes, the softmax of logits (B, K), does in obs (B, O): actions (B, A) in [-1, 1].
+
+        how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", the action that it expects, an
+        exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions."""
+        if how == "mean":
+            return (logits.softmax(1)[..., None] * self.candidates(obs)).sum(1).clamp(-1, 1)
+        codes = logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]  # (B,)
+        return self.decode(obs, codes).clamp(-1, 1)
+
     def prior_logits(self, obs):
         """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
         return self.prior(self.condition(obs))

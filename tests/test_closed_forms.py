@@ -111,6 +111,23 @@ def test_acting_by_sampling_follows_softmax_q():
     torch.testing.assert_close(frequencies, agent.qf(obs[0]).softmax(0), atol=0.02, rtol=0)
 
 
+def test_acting_by_the_mean():
+    """The expected action: a sum over codes one by one, linear in the policy, greedy where the policy is certain."""
+    vqvae, obs = ActionVQVAE(3, 2, 8, hidden=(8,)), torch.randn(16, 3)
+    torch.nn.init.normal_(vqvae.decoder[-1].weight, std=0.3)
+    decoded = [vqvae.decode(obs, torch.full((16,), k)) for k in range(8)]
+    torch.testing.assert_close(vqvae.candidates(obs), torch.stack(decoded, 1))
+    one, other = torch.rand(2, 16, 8).softmax(-1)
+    policies = {"one": one, "other": other, "half": (one + other) / 2}
+    mean = {name: vqvae.act(obs, policy.log(), "mean") for name, policy in policies.items()}
+    torch.testing.assert_close(mean["one"], sum(one[:, k, None] * decoded[k] for k in range(8)))
+    torch.testing.assert_close(mean["half"], (mean["one"] + mean["other"]) / 2)
+    certain = 100 * torch.nn.functional.one_hot(torch.randint(8, (16,)), 8).float()
+    torch.testing.assert_close(vqvae.act(obs, certain, "mean"), vqvae.act(obs, certain, "greedy"))
+    vqvae.decoder[-1].bias.data += 9
+    assert vqvae.act(obs, certain, "mean").eq(1).all()
+
+
 def test_targets_are_copied_and_averaged():
     """Inside `update`: the target every third step, the average at a rate of 1 / step that falls to 0.25."""
     args = dataclasses.replace(Args(), target_every=3, average=0.25)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["saq_cql.py", "saq_iql.py", "saq_brac.py", "saq_bc.py"]
-SHARED = {"choose", "defaults", "parse_args", "make_eval_envs", "evaluate", "assess", "Run", "learn", "report", "plot"}
+SHARED = {"defaults", "parse_args", "make_eval_envs", "evaluate", "assess", "Run", "learn", "report", "plot"}
 SHARED |= {"film", "main"}
 OWN = {"Args", "Actor", "make_agents"}  # alike in name only
 
