@@ -47,6 +47,7 @@ from vqvae import (
     load_task,
     make_transitions,
     prepare,
+    with_compile,
 )
 
 OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
