@@ -71,7 +71,7 @@ class Options:
     vq_steps: int = 10_000  # of the quantizer
     steps: int = 40_000  # of each agent, at most
     eval_every: int = 500  # steps between two evaluations of ten episodes; their seconds do not count
-    limit: float = 1_200.0  # seconds after which an agent has failed
+    limit: float = 1_200.0  # seconds of its own after which an agent has failed
 
 
 # --- The matrix products of one step: (rows, inner, columns) of each ---
@@ -264,7 +264,8 @@ def side_by_side(cores, seconds, compile):
 
 
 def time_to(options):
-    """Prints the seconds of one core, compilation included, until each agent of saq_cql.py has the score."""
+    """Prints the seconds of one core until each agent of saq_cql.py has the score. They are those in which this process
+    computed: others may be busy beside it. The compiler, which works in processes of its own, is not counted."""
     torch.set_num_threads(1)
     device = prepare("cpu", options.precision)
     names = ("env", "dataset_path", "seed", "precision", "vq_steps", "steps")
@@ -275,28 +276,29 @@ def time_to(options):
     agents = saq_cql.make_agents(data.obs.shape[1], data.actions.shape[1], vqvae, args)
     vqvae.set_units(data.obs)
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, compile=args.compile):
         pass
     data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
-    fitted = time.perf_counter() - start
+    fitted = time.process_time() - start
     print(f"quantizer: {args.vq_steps} steps in {fitted:.0f} s", flush=True)
     envs = saq_cql.make_eval_envs(task.env.spec, 10)
     for name, agent in agents.items():
         torch.manual_seed(args.seed)
-        spent, above, start = fitted if name == "saq_cql" else 0.0, 0, time.perf_counter()
+        spent, above, start = 0.0, 0, time.process_time()
         for step, _ in saq_cql.learn(agent, data, args, 0):
             if step % options.eval_every:
                 continue
-            spent += time.perf_counter() - start
+            spent += time.process_time() - start
             with torch.random.fork_rng():
                 score = task.score(saq_cql.evaluate(agent, vqvae, envs, 10).mean())
             above = above + 1 if score >= options.to else 0
             if above == 2 or spent > options.limit:
                 break
-            start = time.perf_counter()
+            start = time.process_time()
         reached = f"is at {options.to:g}" if above == 2 else f"has not reached {options.to:g}"
-        print(f"{name} {reached} after {spent:.0f} s and {step} steps (last score {score:.1f})", flush=True)
+        before = fitted if name == "saq_cql" else 0.0
+        print(f"{name} {reached} after {before + spent:.0f} s and {step} steps (last score {score:.1f})", flush=True)
 
 
 def race(contenders, options, device):

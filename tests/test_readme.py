@@ -147,16 +147,6 @@ def test_the_readmes_table_is_whole():
     assert runs == sorted(itertools.product(module["TASKS"], module["AGENTS"], range(3)))
 
 
-def test_the_growing_table_is_made_by_the_commands_of_today():
-    module = runpy.run_path(str(ROOT / "benchmarks/algorithms.py"))
-    rows = module["read"](RESULTS / "algorithms.csv")
-    assert len({(row["task"], row["agent"], row["seed"]) for row in rows}) == len(rows) > 0
-    for row in rows:
-        if row["agent"].startswith("saq_"):
-            run = row["task"], row["agent"], int(row["seed"])
-            assert row["command"] == module["make_command"](*run, module["Options"]())
-
-
 def test_the_committed_table_is_the_readmes():
     process = run_script("--show", "--table", RESULTS / TABLE, script="benchmarks/algorithms.py")
     assert process.returncode == 0, process.stderr
