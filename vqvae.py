@@ -173,7 +173,7 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
     for inner in layers[2:-2:2]:
-        inner.between = True  # two hidden layers
+        inner.between = True  # two hidden layers: its products may be in bfloat16 (part 2)
     nn.init.uniform_(layer.weight, -((0.03 / fan_in) ** 0.5), (0.03 / fan_in) ** 0.5)
     return nn.Sequential(*layers[:-1])
 
@@ -303,7 +303,8 @@ class Linear(nn.Linear):
     Where `prepare` asks for it, layers `between` two hidden ones multiply in bfloat16, forward and backward: numbers of
     8 bits, summed in float32. Observations, outputs, losses and what the optimizer adds up stay in float32."""
 
-    bfloat16, between = False, False
+    bfloat16 = False  # of the class: whether `prepare` has asked for it
+    between = False  # of a layer: `mlp` knows
 
     def forward(self, x):
         if self.out_features == 1:

@@ -193,6 +193,22 @@ def rate(step, seconds, device):
     return calls / elapsed
 
 
+def race(contenders, options, device):
+    """Times functions in turn, in bursts. Returns by name the median of calls per second, and that of the first one's
+    calls over its own."""
+    torch._dynamo.reset()  # it keeps eight graphs of a function at most; the updates of all phases are one to it
+    rates = {name: [] for name in contenders}
+    for turn in range(1 + options.rounds):
+        for name, contender in contenders.items():
+            Linear.bfloat16 = name == "bfloat16"
+            measured = rate(contender, options.burst, device)
+            if turn:  # the first one compiles
+                rates[name].append(measured)
+    first = next(iter(rates.values()))
+    ratios = {name: [ours / other for ours, other in zip(first, values, strict=True)] for name, values in rates.items()}
+    return {name: (statistics.median(values), statistics.median(ratios[name])) for name, values in rates.items()}
+
+
 # --- Loading ---
 
 
@@ -301,22 +317,6 @@ def time_to(options):
         print(f"{name} {reached} after {before + spent:.0f} s and {step} steps (last score {score:.1f})", flush=True)
 
 
-def race(contenders, options, device):
-    """Times functions in turn, in bursts. Returns by name the median of calls per second, and that of the first one's
-    calls over its own."""
-    torch._dynamo.reset()  # it keeps eight graphs of a function at most; the updates of all phases are one to it
-    rates = {name: [] for name in contenders}
-    for turn in range(1 + options.rounds):
-        for name, contender in contenders.items():
-            Linear.bfloat16 = name == "bfloat16"
-            measured = rate(contender, options.burst, device)
-            if turn:  # the first one compiles
-                rates[name].append(measured)
-    first = next(iter(rates.values()))
-    ratios = {name: [ours / other for ours, other in zip(first, values, strict=True)] for name, values in rates.items()}
-    return {name: (statistics.median(values), statistics.median(ratios[name])) for name, values in rates.items()}
-
-
 def main():
     options = tyro.cli(Options, description=__doc__)
     if options.to is not None:
@@ -333,7 +333,7 @@ def main():
         if reduced:
             line += f"{found['bfloat16'][0]:10.1f}{1 / found['bfloat16'][1]:8.2f}"
         print(line, flush=True)
-    # Afterwards: from here on their threads are there, too, which short steps feel.
+    # Others come afterwards: from here on their threads are there, too, and short steps of ours feel it.
     for phase, theirs in other_updates(options, device).items():
         found = race({"ours": steps[phase]} | theirs, options, device)
         for name in theirs:

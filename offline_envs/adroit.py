@@ -17,42 +17,41 @@ from .offline_env import register
 
 
 class Hand:
-    """What the four have in common. Gymnasium-Robotics 1.4 rewards the palm for staying away from what it should take,
-    +0.1 |palm - object|, where D4RL has -0.1. `gap` reads palm - object off the observation."""
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         collide_as_before(self.model)
+
+
+class Reaching(Hand):
+    """Gymnasium-Robotics 1.4 rewards the palm for staying away from what it should take, +0.1 |palm - object|, where
+    D4RL has -0.1. `gap` reads palm - object off the observation."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
         return obs, float(reward - 0.2 * np.linalg.norm(self.gap(obs))), terminated, truncated, info
 
 
-class Door(Hand, AdroitHandDoorEnv):
+class Door(Reaching, AdroitHandDoorEnv):
     def gap(self, obs):
         return obs[35:38]
 
 
-class Hammer(Hand, AdroitHandHammerEnv):
+class Hammer(Reaching, AdroitHandHammerEnv):
     def gap(self, obs):
         return obs[33:36] - obs[36:39]
 
 
-class Relocate(Hand, AdroitHandRelocateEnv):
+class Relocate(Reaching, AdroitHandRelocateEnv):
     def gap(self, obs):
         return obs[30:33]
 
 
 class Pen(Hand, AdroitHandPenEnv):
-    """Its reward is D4RL's. D4RL's episode ends when the pen, whose position is observed at [24:27], falls."""
-
-    def gap(self, obs):
-        return np.zeros(3)
+    """D4RL's episode ends when the pen, whose position is observed at [24:27], falls out of the hand."""
 
     def step(self, action):
         obs, reward, _, truncated, info = super().step(action)
-        return obs, reward, bool(obs[26] < 0.075), truncated, info
+        return obs, float(reward), bool(obs[26] < 0.075), truncated, info
 
 
 HANDS = {  # steps, steps of "longhorizon", return of a random and of an expert policy

@@ -27,6 +27,7 @@ def run(*words):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_fast_steps_are_the_plain_ones(device, precision):
+    """Graphs against plain steps. On the CPU, where both are plain, that every learner does steps in each precision."""
     lines = [line.split() for line in run("tests/on_device.py", device, precision).splitlines() if "has no" not in line]
     assert [name for name, _ in lines] == LEARNERS
     limit = {"float32": 1e-5, "bfloat16": 1e-3}[precision]
