@@ -45,7 +45,7 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import ActionVQVAE, adamw, minimize, mlp, polyak_update  # the method; what runs it:
+from vqvae import QUANTIZERS, adamw, minimize, mlp, polyak_update  # the method; what runs it:
 from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
 from vqvae import fit, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, tracker, write_file
 
@@ -75,6 +75,7 @@ class Args:
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     vq_batch_size: int = 256  # transitions that each of them sees
+    quantizer: Literal["vqvae", "mixture", "aquadem"] = "vqvae"  # vqvae is the paper's (docs/vqvae.md compares them)
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
@@ -550,7 +551,7 @@ def main():
 
     torch.manual_seed(args.seed)
     with device:  # what is made in here lies on it
-        vqvae = ActionVQVAE(obs_dim, action_dim, args.num_codes, action_only=args.action_only, lr=args.lr)
+        vqvae = QUANTIZERS[args.quantizer](obs_dim, action_dim, args.num_codes, args.action_only, args.lr)
         agents = make_agents(obs_dim, action_dim, vqvae, args)
     if args.normalize_obs:
         vqvae.set_units(data.obs)

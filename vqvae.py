@@ -51,7 +51,56 @@ from torch import nn
 # === 1. The quantizer ===
 
 
-class ActionVQVAE(nn.Module):
+class Quantizer(nn.Module):
+    """What every quantizer has: its size, the units of observations, how it is trained, and what acts. A kind of them
+    adds `forward` (the loss), `encode`, `decode`, `candidates` (what all codes stand for) and `prior_logits`.
+
+    obs_dim: O. num_codes: K. action_only: the paper's ablation (Table 3), in which every network sees zeros in place of
+    the state. lr: learning rate of Adam."""
+
+    def __init__(self, obs_dim, num_codes, action_only, lr):
+        super().__init__()
+        self.num_codes, self.action_only, self.lr = num_codes, action_only, lr
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+
+    def condition(self, obs):
+        return torch.zeros_like(obs) if self.action_only else obs
+
+    def update(self, obs, actions):
+        """One gradient step on obs (B, O), actions (B, A); returns what to log."""
+        return minimize(*self(obs, actions), self.optimizer)
+
+    def act(self, obs, logits, how):
+        """What a policy over codes, the softmax of logits (B, K), does in obs (B, O): actions (B, A) in [-1, 1].
+
+        how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", the action that it expects, an
+        exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions."""
+        if how == "mean":
+            return (logits.softmax(1)[..., None] * self.candidates(obs)).sum(1).clamp(-1, 1)
+        codes = logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]  # (B,)
+        return self.decode(obs, codes).clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_dataset(self, obs, actions, chunk=4096):
+        """`encode` for any number of rows, in chunks that fit in memory."""
+        codes = [self.encode(o, a) for o, a in zip(obs.split(chunk), actions.split(chunk), strict=True)]
+        return torch.cat(codes)
+
+    def set_units(self, obs):
+        """Lets `normalize` subtract the mean of obs (N, O), column by column, and divide by their standard deviation.
+        Both are buffers: they are saved and loaded with the quantizer."""
+        std, mean = torch.std_mean(obs.double(), 0, correction=0)
+        constant = std <= 1e-6 * (1 + mean.abs())  # such a column is shifted, not divided
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std.where(~constant, torch.ones_like(std)))
+
+    def normalize(self, obs):
+        """obs (B, O) as an environment shows them -> (B, O) as networks see them; unchanged before `set_units`."""
+        return (obs - self.obs_mean) / self.obs_std
+
+
+class ActionVQVAE(Quantizer):
     """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s).
 
     obs_dim, action_dim: O and A. num_codes: K. code_dim: D, the length of a codebook vector. action_only: the paper's
@@ -61,16 +110,13 @@ class ActionVQVAE(nn.Module):
     own, on codes that no longer change while they learn; saq_bc.py can take this one instead.
     """
 
-    def __init__(self, obs_dim, action_dim, num_codes=64, code_dim=128, hidden=(512, 512), action_only=False, lr=3e-4):
-        super().__init__()
-        self.num_codes, self.action_only, self.lr = num_codes, action_only, lr
+    def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, code_dim=128, hidden=(512, 512)):
+        super().__init__(obs_dim, num_codes, action_only, lr)
         self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
         self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
         self.prior = mlp(obs_dim, num_codes, hidden)
         # Uniform with variance 1 / K, as in the authors' code: Flax takes the K of the shape (K, D) for the fan-in.
         self.codebook = nn.Parameter(torch.empty(num_codes, code_dim).uniform_(-1, 1) * (3 / num_codes) ** 0.5)
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
         self.optimizer = adamw(self.parameters(), lr)
 
     def embed(self, obs, actions):
@@ -95,22 +141,9 @@ class ActionVQVAE(nn.Module):
         codes = torch.arange(self.num_codes, device=obs.device)
         return self.decode(obs[:, None].expand(-1, self.num_codes, -1), codes.expand(len(obs), -1))
 
-    def act(self, obs, logits, how):
-        """What a policy over codes, the softmax of logits (B, K), does in obs (B, O): actions (B, A) in [-1, 1].
-
-        how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", the action that it expects, an
-        exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions."""
-        if how == "mean":
-            return (logits.softmax(1)[..., None] * self.candidates(obs)).sum(1).clamp(-1, 1)
-        codes = logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]  # (B,)
-        return self.decode(obs, codes).clamp(-1, 1)
-
     def prior_logits(self, obs):
         """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
         return self.prior(self.condition(obs))
-
-    def condition(self, obs):
-        return torch.zeros_like(obs) if self.action_only else obs
 
     def forward(self, obs, actions):
         """The training loss, Eq. 8 and 11, at the scales of the authors' code: the reconstruction error is summed over
@@ -138,28 +171,6 @@ class ActionVQVAE(nn.Module):
         }
         return loss, info
 
-    def update(self, obs, actions):
-        """One gradient step on obs (B, O), actions (B, A); returns what to log."""
-        return minimize(*self(obs, actions), self.optimizer)
-
-    @torch.no_grad()
-    def encode_dataset(self, obs, actions, chunk=4096):
-        """`encode` for any number of rows, in chunks that fit in memory."""
-        codes = [self.encode(o, a) for o, a in zip(obs.split(chunk), actions.split(chunk), strict=True)]
-        return torch.cat(codes)
-
-    def set_units(self, obs):
-        """Lets `normalize` subtract the mean of obs (N, O), column by column, and divide by their standard deviation.
-        Both are buffers: they are saved and loaded with the quantizer."""
-        std, mean = torch.std_mean(obs.double(), 0, correction=0)
-        constant = std <= 1e-6 * (1 + mean.abs())  # such a column is shifted, not divided
-        self.obs_mean.copy_(mean)
-        self.obs_std.copy_(std.where(~constant, torch.ones_like(std)))
-
-    def normalize(self, obs):
-        """obs (B, O) as an environment shows them -> (B, O) as networks see them; unchanged before `set_units`."""
-        return (obs - self.obs_mean) / self.obs_std
-
 
 def mlp(in_dim, out_dim, hidden=(512, 512)):
     """A ReLU network initialised like the authors' Flax networks: LeCun normal (truncated at two standard deviations),
@@ -176,6 +187,110 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
         inner.between = True  # two hidden layers: its products may be in bfloat16 (part 2)
     nn.init.uniform_(layer.weight, -((0.03 / fan_in) ** 0.5), (0.03 / fan_in) ** 0.5)
     return nn.Sequential(*layers[:-1])
+
+
+class Mixture(Quantizer):
+    """K candidate actions u_k(s), a prior p(k | s) and one spread sigma, of one network that sees the state alone: a
+    mixture of K Gaussians, fitted by its exact likelihood,
+
+        p(a | s) = sum_k p(k | s) N(a; u_k(s), sigma^2)               loss = -log p(a | s)
+
+    The code of an action is the component that it most likely came from; a code decodes to its candidate. No encoder
+    sees the state beside the action, so a code cannot tell of the state, and only as many codes are used in a state as
+    the actions there need. K = 1 is regression.
+
+    hard: the largest term in place of the sum, which leaves noise to sigma and keeps fewer codes in use."""
+
+    def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, hidden=(512, 512), hard=False):
+        super().__init__(obs_dim, num_codes, action_only, lr)
+        self.hard = hard
+        self.net = mlp(obs_dim, num_codes * (1 + action_dim), hidden)
+        with torch.no_grad():  # candidates that began at the same action would stay together
+            self.net[-1].bias[num_codes:].uniform_(-1, 1)
+        self.register_buffer("variance", torch.tensor(0.25))  # sigma^2
+        self.optimizer = adamw(self.parameters(), lr)
+
+    def outputs(self, obs):
+        """obs (B, O) -> candidates u (B, K, A), log p(k | s) (B, K)."""
+        logits, u = self.net(self.condition(obs)).tensor_split([self.num_codes], -1)
+        return u.unflatten(-1, (self.num_codes, -1)), logits.log_softmax(-1)
+
+    def log_joint(self, obs, actions):
+        """log p(k | s) + log N(a; u_k(s), sigma^2) of obs (B, O), actions (B, A) for each code (B, K), and the squared
+        distances of the actions from the candidates (B, K)."""
+        u, log_prior = self.outputs(obs)
+        distance = (actions[:, None] - u).square().sum(-1)
+        log_normal = -0.5 * distance / self.variance - 0.5 * actions.shape[1] * (2 * math.pi * self.variance).log()
+        return log_prior + log_normal, distance
+
+    def forward(self, obs, actions):
+        log_joint, distance = self.log_joint(obs, actions)  # (B, K) each
+        loss = -(log_joint.amax(1) if self.hard else log_joint.logsumexp(1)).mean()
+        # The sigma of the highest likelihood, given the candidates: the mean squared distance from the one that made an
+        # action, over dimensions. A running average of batches. One sigma for all dimensions: with one for each, a
+        # dimension whose actions lie at a bound would take over.
+        with torch.no_grad():
+            share = F.one_hot(log_joint.argmax(1), self.num_codes) if self.hard else log_joint.softmax(1)
+            residual = (share * distance).sum(1).mean() / actions.shape[1]
+        return loss, {"loss": loss, "residual": residual}
+
+    def update(self, obs, actions):
+        """One gradient step on obs (B, O), actions (B, A), after which sigma follows; returns what to log."""
+        info = super().update(obs, actions)
+        with torch.no_grad():
+            self.variance.lerp_(info["residual"], 0.01).clamp_(min=1e-6)
+        return info
+
+    @torch.no_grad()
+    def encode(self, obs, actions):
+        """obs (B, O), actions (B, A) -> codes (B,), int64. A whole dataset goes to `encode_dataset`."""
+        return self.log_joint(obs, actions)[0].argmax(-1)
+
+    def candidates(self, obs):
+        """obs (B, O) -> actions (B, K, A): what every code stands for there."""
+        return self.outputs(obs)[0]
+
+    def decode(self, obs, codes):
+        """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
+        return self.candidates(obs).take_along_dim(codes[:, None, None], 1)[:, 0]
+
+    def prior_logits(self, obs):
+        """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
+        return self.outputs(obs)[1]
+
+
+class Aquadem(Mixture):
+    """Candidate actions as in Dadashi et al., "Continuous Control with Action Quantization from Demonstrations", ICML
+    2022, arXiv:2110.10149: the mixture with a uniform prior and a sigma^2 of T / 2 that does not move, times T,
+
+        loss = -T log mean_k exp(-||a - u_k(s)||^2 / T)
+
+    A network of its own, as published: a torso of 256, a hidden layer of 256 for each candidate, dropout in the fit."""
+
+    def __init__(self, obs_dim, action_dim, num_codes=10, action_only=False, lr=3e-4, hidden=256, temperature=1e-3):
+        Quantizer.__init__(self, obs_dim, num_codes, action_only, lr)
+        self.temperature = temperature
+        self.torso, self.heads = Linear(obs_dim, hidden), Linear(hidden, num_codes * hidden)
+        self.weight = nn.Parameter(torch.empty(num_codes, hidden, action_dim).uniform_(-1, 1) * hidden**-0.5)
+        self.bias = nn.Parameter(torch.empty(num_codes, action_dim).uniform_(-1, 1) * hidden**-0.5)
+        self.register_buffer("variance", torch.tensor(temperature / 2))
+        self.optimizer = adamw(self.parameters(), lr)
+
+    def outputs(self, obs, dropout=0.0):
+        x = F.dropout(self.condition(obs), dropout)
+        x = F.dropout(self.torso(x).relu(), dropout)
+        x = F.dropout(self.heads(x).relu(), dropout).unflatten(-1, (self.num_codes, -1))  # (B, K, 256)
+        u = (x.transpose(0, 1) @ self.weight).transpose(0, 1) + self.bias  # (B, K, A)
+        return u, u.new_full(u.shape[:2], -math.log(self.num_codes))
+
+    def forward(self, obs, actions):
+        u, log_prior = self.outputs(obs, dropout=0.1)
+        distance = (actions[:, None] - u).square().sum(-1)  # (B, K)
+        loss = -self.temperature * (log_prior - distance / self.temperature).logsumexp(1).mean()
+        return loss, {"loss": loss, "residual": self.variance}
+
+
+QUANTIZERS = {"vqvae": ActionVQVAE, "mixture": Mixture, "aquadem": Aquadem}
 
 
 # --- Its fit ---
@@ -204,7 +319,7 @@ def fit(
         if decay:
             decay_lr(vqvae.optimizer, vqvae.lr, step, steps)
         info = update()
-        if revive_every and step % revive_every == 0 and step <= 0.9 * steps:
+        if revive_every and step % revive_every == 0 and step <= 0.9 * steps and isinstance(vqvae, ActionVQVAE):
             revive_dead_codes(vqvae, *sample(4096))
         yield step, info
 

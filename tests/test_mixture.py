@@ -1,0 +1,100 @@
+"""The mixture quantizer: its likelihood, its limits, its interface."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from vqvae import Aquadem, Mixture, fit
+
+
+@pytest.mark.parametrize("num_codes", [1, 2, 7])
+def test_likelihood_is_that_of_a_mixture(num_codes):
+    mixture = Mixture(3, 2, num_codes)
+    torch.nn.init.normal_(mixture.net[-1].weight, std=0.1)
+    mixture.variance.fill_(0.07)
+    obs, actions = torch.randn(50, 3), torch.rand(50, 2) * 2 - 1
+    u, log_prior = mixture.outputs(obs)
+    normals = Independent(Normal(u, mixture.variance.sqrt()), 1)
+    expected = MixtureSameFamily(Categorical(logits=log_prior), normals).log_prob(actions)
+    loss, _ = mixture(obs, actions)
+    torch.testing.assert_close(loss, -expected.mean())
+    torch.testing.assert_close(mixture.log_joint(obs, actions)[0].logsumexp(1), expected)
+    best = torch.stack(
+        [log_prior[:, k] + Normal(u[:, k], mixture.variance.sqrt()).log_prob(actions).sum(1) for k in range(num_codes)],
+        1,
+    )
+    assert torch.equal(mixture.encode(obs, actions), best.argmax(1))
+
+
+def test_one_code_is_regression():
+    """Its candidate is the mean of the actions, its sigma their deviation from it."""
+    torch.manual_seed(0)
+    obs = torch.randint(2, (4000, 1)).float()
+    actions = torch.cat([0.5 * obs - 0.2, 0.1 - 0.4 * obs], 1) + 0.2 * torch.randn(4000, 2)
+    mixture = Mixture(1, 2, num_codes=1, hidden=(32,), lr=1e-2)
+    for _ in fit(mixture, obs, actions, steps=600):
+        pass
+    for state in (0.0, 1.0):
+        mean = actions[obs[:, 0] == state].mean(0)
+        torch.testing.assert_close(mixture.candidates(torch.tensor([[state]]))[0, 0], mean, atol=0.02, rtol=0)
+    assert mixture.variance.sqrt() == pytest.approx(0.2, rel=0.05)
+    assert (mixture.encode_dataset(obs, actions) == 0).all()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_hard_and_soft_agree_where_candidates_are_far_apart(hard):
+    mixture = Mixture(3, 2, 3, hard=hard)
+    with torch.no_grad():
+        mixture.net[-1].weight.zero_()
+        mixture.net[-1].bias.copy_(torch.tensor([0.3, 0.0, -1.0, -0.9, -0.9, 0.0, 0.0, 0.9, 0.9]))
+    mixture.variance.fill_(0.01)
+    obs = torch.randn(90, 3)
+    actions = mixture.candidates(obs)[range(90), torch.arange(90) % 3] + 0.1 * torch.randn(90, 2)
+    other = Mixture(3, 2, 3, hard=not hard)
+    other.load_state_dict(mixture.state_dict())
+    (loss, info), (other_loss, other_info) = mixture(obs, actions), other(obs, actions)
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(info["residual"], other_info["residual"])
+    assert torch.equal(mixture.encode(obs, actions), torch.arange(90) % 3)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_two_modes_get_two_candidates(hard):
+    """Actions -0.7 and 0.7, three times as often: the prior knows how often, sigma how exactly."""
+    torch.manual_seed(0)
+    obs = torch.randn(4000, 2)
+    right = torch.rand(4000) < 0.75
+    actions = torch.where(right, 0.7, -0.7)[:, None] + 0.05 * torch.randn(4000, 1)
+    mixture = Mixture(2, 1, num_codes=8, hidden=(32,), lr=3e-3, hard=hard)
+    for _ in fit(mixture, obs, actions, steps=1500):
+        pass
+    codes = mixture.encode_dataset(obs, actions)
+    assert (mixture.decode(obs, codes) - actions).abs().mean() < 0.1
+    prior, u = mixture.prior_logits(obs).softmax(1), mixture.candidates(obs)[..., 0]
+    torch.testing.assert_close((prior * (u > 0)).sum(1).mean(), torch.tensor(0.75), atol=0.03, rtol=0)
+    torch.testing.assert_close((prior * u).sum(1).mean(), actions.mean(), atol=0.05, rtol=0)
+
+
+def test_codes_decode_to_their_candidates():
+    mixture, obs = Mixture(3, 2, 5), torch.randn(10, 3)
+    u = mixture.candidates(obs)
+    for k in range(5):
+        assert torch.equal(mixture.decode(obs, torch.full((10,), k)), u[:, k])
+    hidden = Mixture(3, 2, 5, action_only=True)
+    assert torch.equal(hidden.candidates(obs)[:1].expand(10, -1, -1), hidden.candidates(obs))
+
+
+def test_aquadem_is_a_mixture_with_a_fixed_sigma_and_a_uniform_prior():
+    aquadem, obs, actions = Aquadem(3, 2, 5, temperature=0.3), torch.randn(40, 3), torch.rand(40, 2)
+    aquadem.outputs = lambda obs, dropout=0: Aquadem.outputs(aquadem, obs)  # without dropout
+    aquadem.hard = False
+    mixture_loss, _ = Mixture.forward(aquadem, obs, actions)
+    constant = 0.3 * math.log(2 * math.pi * 0.15)  # of two dimensions
+    torch.testing.assert_close(aquadem(obs, actions)[0], 0.3 * mixture_loss - constant)
+    u = aquadem.candidates(obs)
+    expected = -0.3 * (-(actions[:, None] - u).square().sum(-1) / 0.3).exp().mean(1).log().mean()
+    torch.testing.assert_close(aquadem(obs, actions)[0], expected)
+    assert torch.equal(aquadem.encode(obs, actions), (actions[:, None] - u).norm(dim=-1).argmin(1))
+    assert aquadem.prior_logits(obs).softmax(1).eq(0.2).all()
