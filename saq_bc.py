@@ -1,4 +1,4 @@
-"""SAQ-BC: behavioural cloning on quantized actions, beside two continuous clonings that it replaces.
+"""SAQ-BC: behavioural cloning on quantized actions, beside three continuous clonings that it replaces.
 
 Cloning learns to act as a fixed dataset does, rewards aside. Over continuous actions it regresses on the mean, which
 nobody did where demonstrators go left or right, or fits a density of a given shape. Over the K codes of a VQ-VAE it is
@@ -7,7 +7,7 @@ a classifier, which keeps as many modes as there are codes, and whose loss is ex
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
     3. `DiscreteBC.update` trains a network with K outputs by the cross-entropy -log pi(k | s)
-    4. `DiscreteBC.act` decodes a code of pi; its twins, `DeterministicBC` and `GaussianBC`, learn the same data
+    4. `DiscreteBC.act` decodes a code of pi; three twins learn the same data: regression, a Gaussian, a mixture
 
 Unlike in the authors' code (docs/saq_bc.md has all): observations are normalised; the quantizer's learning rate
 falls to 0; codes that no action chooses are revived (--plain undoes these three).
@@ -41,9 +41,10 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, minimize, mlp  # the method; what runs it:
+from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp  # the method; what runs it:
 from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import fit, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, tracker, write_file
+from vqvae import load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, take_quantizer, tracker
+from vqvae import write_file
 
 
 @dataclass
@@ -71,16 +72,17 @@ class Args:
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     vq_batch_size: int = 256  # transitions that each of them sees
-    quantizer: Literal["vqvae", "mixture", "aquadem"] = "vqvae"  # vqvae is the paper's (docs/vqvae.md compares them)
+    quantizer: Literal["vqvae", "mixture", "hard-mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
-    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # steps between two moves of unchosen codes to where actions are, until 90%; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
+    quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
-    lr: float = 3e-4  # learning rate of every network
+    lr: float = 3e-4  # learning rate of every network, the quantizer's too
+    decay: bool = True  # let learning rates fall to 0 along a cosine, over vq_steps and over steps
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
@@ -97,6 +99,9 @@ HPARAMS = {
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
 }
+# Fields by quantizer, over the task's: a mixture needs no choice of K; Aquadem's is the published one.
+CODES = {"mixture": dict(num_codes=64, act="mean"), "aquadem": dict(num_codes=10)}
+CODES["hard-mixture"] = CODES["mixture"]
 
 
 # --- SAQ-BC ---
@@ -204,19 +209,65 @@ class GaussianBC(nn.Module):
         return {"action_error": (self.act(batch.obs) - batch.actions).square().mean()}
 
 
+class MixtureBC(nn.Module):
+    """Maximum likelihood of the data's actions under a mixture of five Gaussians, whose means, spreads and weights all
+    follow the state: robomimic's BC-GMM, without its larger network. `vqvae.Mixture` is the same with K codes and one
+    spread for all. Its protocol is DiscreteBC's. Read of `args`: lr, act."""
+
+    def __init__(self, obs_dim, action_dim, args, modes=5):
+        super().__init__()
+        self.args, self.modes = args, modes
+        self.actor = mlp(obs_dim, modes * (1 + 2 * action_dim), hidden=(256, 256))
+        with torch.no_grad():  # means that began at the same action would stay together
+            self.actor[-1].bias.uniform_(-1, 1)
+        self.optimizer = adamw(self.actor.parameters(), args.lr)
+
+    def distribution(self, obs):
+        """obs (B, O) -> log weights (B, M), means in [-1, 1] and standard deviations (B, M, A) of the M Gaussians."""
+        logits, rest = self.actor(obs).tensor_split([self.modes], 1)
+        mean, std = rest.unflatten(1, (self.modes, -1)).chunk(2, -1)
+        return logits.log_softmax(1), mean.tanh(), F.softplus(std) + 1e-4
+
+    def loss(self, batch):
+        log_weight, mean, std = self.distribution(batch.obs)
+        z = (batch.actions[:, None] - mean) / std
+        log_normal = (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)  # (B, M)
+        loss = -(log_weight + log_normal).logsumexp(1).mean()
+        return loss, {"loss": loss}
+
+    def update(self, batch):
+        """One gradient step; returns what to log."""
+        return minimize(*self.loss(batch), self.optimizer)
+
+    @torch.no_grad()
+    def act(self, obs):
+        """obs (B, O) -> actions (B, A): the mean of the likeliest Gaussian, of one drawn (robomimic acts so, with next
+        to no spread), or of the whole mixture."""
+        log_weight, mean, _ = self.distribution(obs)
+        if self.args.act == "mean":
+            return (log_weight.exp()[..., None] * mean).sum(1)
+        modes = log_weight.argmax(1) if self.args.act == "greedy" else log_weight.exp().multinomial(1)[:, 0]
+        return mean.take_along_dim(modes[:, None, None], 1)[:, 0]
+
+    @torch.no_grad()
+    def diagnose(self, batch):
+        return {"action_error": (self.act(batch.obs) - batch.actions).square().mean()}
+
+
 def make_agents(obs_dim, action_dim, vqvae, args):
     """What this script trains, in this order, by the names that stand in tables and logs."""
     if (args.discount, args.reward_scale, args.reward_shift) != (0.99, 1.0, 0.0):
         raise UserError("cloning reads no rewards: leave out --discount, --reward-scale and --reward-shift.")
     agents = {"saq_bc": DiscreteBC(obs_dim, vqvae, args)}
     twins = {"bc": DeterministicBC(obs_dim, action_dim, args), "gaussian_bc": GaussianBC(obs_dim, action_dim, args)}
+    twins["bc_gmm"] = MixtureBC(obs_dim, action_dim, args)
     return agents | (twins if args.compare else {})
 
 
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, act="greedy")
+PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, act="greedy")
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
@@ -231,12 +282,13 @@ LIMITS = {  # what a number must at least be, and at most; of all scripts
 }
 
 
-def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
+def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
+    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's of CODES, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
     row = rows[max(words, key=len)] if words else {}
-    return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
+    row = row | CODES.get(quantizer, {}) | (PLAIN if plain else {})
+    return Args(env=env, plain=plain, quantizer=quantizer, **row)
 
 
 def parse_args():
@@ -246,7 +298,7 @@ def parse_args():
     if args.resume is not None and args.eval_only is not None:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     folder = args.eval_only if args.resume is None else args.resume
-    default, done = defaults(args.env, args.plain), {}
+    default, done = defaults(args.env, args.plain, args.quantizer), {}
     if folder is not None:
         state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
@@ -312,6 +364,8 @@ class Run:
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
             return self.restore()
+        if args.quantizer_from is not None and args.resume is None:
+            self.state["done"] = take_quantizer(args, checksum, self.parts)
         self.folder = self.create() if args.resume is None else Path(args.resume)
         self.lock = lock(self.folder)
         if args.resume is not None:
@@ -405,7 +459,10 @@ def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     # The update itself, compiled or as a CUDA graph.
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
+    optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):
+        for optimizer in optimizers if args.decay else ():
+            decay_lr(optimizer, args.lr, step, args.steps)
         yield step, update()
 
 
@@ -481,7 +538,7 @@ def main():
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
     # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
-    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    options = dict(decay=args.decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))

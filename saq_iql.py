@@ -42,9 +42,10 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, minimize, mlp, polyak_update  # the method; what runs it:
+from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; what runs it:
 from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import fit, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, tracker, write_file
+from vqvae import load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, take_quantizer, tracker
+from vqvae import write_file
 
 
 @dataclass
@@ -72,16 +73,17 @@ class Args:
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     vq_batch_size: int = 256  # transitions that each of them sees
-    quantizer: Literal["vqvae", "mixture", "aquadem"] = "vqvae"  # vqvae is the paper's (docs/vqvae.md compares them)
+    quantizer: Literal["vqvae", "mixture", "hard-mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
-    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # steps between two moves of unchosen codes to where actions are, until 90%; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
+    quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
-    lr: float = 3e-4  # learning rate of every network
+    lr: float = 3e-4  # learning rate of every network, the quantizer's too
+    decay: bool = True  # let learning rates fall to 0 along a cosine, over vq_steps and over steps
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
@@ -112,14 +114,17 @@ HPARAMS = {
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(ROBOSUITE, expectile=0.9, temperature=1.0, beta=1.0),
 }
+# Fields by quantizer, over the task's: a mixture needs no choice of K; Aquadem's is the published one.
+CODES = {"mixture": dict(num_codes=64, act="mean"), "aquadem": dict(num_codes=10)}
+CODES["hard-mixture"] = CODES["mixture"]
 
 
 # --- SAQ-IQL ---
 
 
 class DiscreteIQL(nn.Module):
-    """IQL over the K codes of a frozen quantizer: V, one Q network with K outputs, the dataset's own policy over codes
-    as a prior, and no policy network. Networks have SAQ-CQL's size; the authors' are 256-256.
+    """IQL over the K codes of a frozen quantizer: V, one Q network with K outputs, the quantizer's prior p(k | s), and
+    no policy network. Networks have SAQ-CQL's size; the authors' are 256-256.
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
@@ -129,22 +134,20 @@ class DiscreteIQL(nn.Module):
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
         self.args, self.vqvae = args, vqvae
-        self.prior = mlp(obs_dim, vqvae.num_codes)
         self.vf = mlp(obs_dim, 1)
         self.qf = mlp(obs_dim, vqvae.num_codes)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        self.prior_optimizer = adamw(self.prior.parameters(), args.lr)
         self.vf_optimizer = adamw(self.vf.parameters(), args.lr)
         self.qf_optimizer = adamw(self.qf.parameters(), args.lr, args.weight_decay)
 
     def log_prior(self, obs):
         """obs (B, O) -> log p(k | s) (B, K), never below the floor."""
-        return self.prior(obs).log_softmax(1).clamp(min=self.args.prior_floor)
+        return self.vqvae.prior_logits(obs).log_softmax(1).clamp(min=self.args.prior_floor)
 
     def value(self, obs):
         """obs (B, O) -> V(s) (B,): the network's, or the expectile that the network would have to learn."""
         if self.args.exact_expectile:
-            return expectile(self.qf_target(obs), self.prior(obs).softmax(1), self.args.expectile)
+            return expectile(self.qf_target(obs), self.vqvae.prior_logits(obs).softmax(1), self.args.expectile)
         return self.vf(obs)[:, 0]
 
     def v_loss(self, batch):
@@ -161,13 +164,8 @@ class DiscreteIQL(nn.Module):
         return qf_loss, {"qf_loss": qf_loss, "q_data": q_data.mean()}
 
     def update(self, batch):
-        """A gradient step of the prior, of V, and of Q toward the new V; then the target follows. Returns what to log.
-        The authors train the prior before the rest; only `act` reads it (and exact_expectile), so at the end that comes
-        to the same."""
-        prior_loss = F.cross_entropy(self.prior(batch.obs), batch.codes)
-        info = minimize(prior_loss, {"prior_loss": prior_loss}, self.prior_optimizer)
-        if not self.args.exact_expectile:
-            info |= minimize(*self.v_loss(batch), self.vf_optimizer)
+        """A gradient step of V, and of Q toward the new V; then the target follows. Returns what to log."""
+        info = {} if self.args.exact_expectile else minimize(*self.v_loss(batch), self.vf_optimizer)
         info |= minimize(*self.qf_loss(batch), self.qf_optimizer)
         polyak_update(self.qf_target, self.qf, self.args.polyak)
         return info
@@ -300,7 +298,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, vq_decay=False, revive_every=0, normalize_obs=False, act="sample", temperature=2.0)
+PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, act="sample", temperature=2.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
@@ -315,12 +313,13 @@ LIMITS = {  # what a number must at least be, and at most; of all scripts
 }
 
 
-def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
+def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
+    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's of CODES, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
     row = rows[max(words, key=len)] if words else {}
-    return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
+    row = row | CODES.get(quantizer, {}) | (PLAIN if plain else {})
+    return Args(env=env, plain=plain, quantizer=quantizer, **row)
 
 
 def parse_args():
@@ -330,7 +329,7 @@ def parse_args():
     if args.resume is not None and args.eval_only is not None:
         raise UserError("--resume and --eval-only exclude each other: pass one of them.")
     folder = args.eval_only if args.resume is None else args.resume
-    default, done = defaults(args.env, args.plain), {}
+    default, done = defaults(args.env, args.plain, args.quantizer), {}
     if folder is not None:
         state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
@@ -396,6 +395,8 @@ class Run:
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
             return self.restore()
+        if args.quantizer_from is not None and args.resume is None:
+            self.state["done"] = take_quantizer(args, checksum, self.parts)
         self.folder = self.create() if args.resume is None else Path(args.resume)
         self.lock = lock(self.folder)
         if args.resume is not None:
@@ -489,7 +490,10 @@ def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     # The update itself, compiled or as a CUDA graph.
     update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
+    optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):
+        for optimizer in optimizers if args.decay else ():
+            decay_lr(optimizer, args.lr, step, args.steps)
         yield step, update()
 
 
@@ -565,7 +569,7 @@ def main():
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
     # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
-    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    options = dict(decay=args.decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))

@@ -40,6 +40,7 @@ import threading
 import time
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,7 +266,8 @@ class Aquadem(Mixture):
 
         loss = -T log mean_k exp(-||a - u_k(s)||^2 / T)
 
-    A network of its own, as published: a torso of 256, a hidden layer of 256 for each candidate, dropout in the fit."""
+    A network of its own, as published: a torso of 256, a hidden layer of 256 for each candidate, dropout in the fit.
+    Beside it a prior over the codes is learned, as by ActionVQVAE: a by-product that passes no gradient to the rest."""
 
     def __init__(self, obs_dim, action_dim, num_codes=10, action_only=False, lr=3e-4, hidden=256, temperature=1e-3):
         Quantizer.__init__(self, obs_dim, num_codes, action_only, lr)
@@ -273,24 +275,39 @@ class Aquadem(Mixture):
         self.torso, self.heads = Linear(obs_dim, hidden), Linear(hidden, num_codes * hidden)
         self.weight = nn.Parameter(torch.empty(num_codes, hidden, action_dim).uniform_(-1, 1) * hidden**-0.5)
         self.bias = nn.Parameter(torch.empty(num_codes, action_dim).uniform_(-1, 1) * hidden**-0.5)
+        self.prior = mlp(obs_dim, num_codes)
         self.register_buffer("variance", torch.tensor(temperature / 2))
         self.optimizer = adamw(self.parameters(), lr)
 
     def outputs(self, obs, dropout=0.0):
+        """obs (B, O) -> candidates u (B, K, A), and log p(k | s) (B, K) of the mixture, uniform."""
         x = F.dropout(self.condition(obs), dropout)
         x = F.dropout(self.torso(x).relu(), dropout)
         x = F.dropout(self.heads(x).relu(), dropout).unflatten(-1, (self.num_codes, -1))  # (B, K, 256)
-        u = (x.transpose(0, 1) @ self.weight).transpose(0, 1) + self.bias  # (B, K, A)
+        u = torch.einsum("bkh,kha->bka", x, self.weight) + self.bias
         return u, u.new_full(u.shape[:2], -math.log(self.num_codes))
 
     def forward(self, obs, actions):
         u, log_prior = self.outputs(obs, dropout=0.1)
         distance = (actions[:, None] - u).square().sum(-1)  # (B, K)
         loss = -self.temperature * (log_prior - distance / self.temperature).logsumexp(1).mean()
-        return loss, {"loss": loss, "residual": self.variance}
+        prior_loss = F.cross_entropy(self.prior_logits(obs), self.encode(obs, actions))
+        return loss + prior_loss, {"loss": loss, "prior_loss": prior_loss}
+
+    def update(self, obs, actions):
+        return Quantizer.update(self, obs, actions)  # sigma stays
+
+    def prior_logits(self, obs):
+        """obs (B, O) -> logits (B, K) of p(k | s): which codes the dataset uses in this state."""
+        return self.prior(self.condition(obs))
 
 
-QUANTIZERS = {"vqvae": ActionVQVAE, "mixture": Mixture, "aquadem": Aquadem}
+QUANTIZERS = {
+    "vqvae": ActionVQVAE,
+    "mixture": Mixture,
+    "hard-mixture": partial(Mixture, hard=True),
+    "aquadem": Aquadem,
+}
 
 
 # --- Its fit ---
@@ -352,16 +369,20 @@ def codebook_health(vqvae, obs, actions):
 
     used: share of the K codes that some action chose.
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
+    per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state is exp of what
+    codes tell of the state (their mutual information): that much is to be learned before a policy chooses well.
     reconstruction_error: mean squared error over rows and dimensions; ..._a0, ..._a1: of each dimension.
     """
     codes = vqvae.encode_dataset(obs, actions)
-    error = torch.zeros(actions.shape[1], device=obs.device)
+    error, entropy = torch.zeros(actions.shape[1], device=obs.device), torch.zeros((), device=obs.device)
     for o, a, k in zip(obs.split(4096), actions.split(4096), codes.split(4096), strict=True):
         error += (vqvae.decode(o, k) - a).square().sum(0) / len(obs)
+        entropy += torch.special.entr(vqvae.prior_logits(o).softmax(1)).sum() / len(obs)
     use = torch.bincount(codes, minlength=vqvae.num_codes) / len(codes)  # (K,)
     health = {
         "used": (use > 0).float().mean().item(),
         "perplexity": torch.special.entr(use).sum().exp().item(),
+        "per_state": entropy.exp().item(),
         "reconstruction_error": error.mean().item(),
     }
     return health | {f"reconstruction_error_a{i}": e for i, e in enumerate(error.tolist())}
@@ -371,6 +392,7 @@ def describe_health(health):
     """`codebook_health` in words, loud where the codebook is mostly dead."""
     errors = " ".join(f"{value:.4f}" for name, value in health.items() if name.startswith("reconstruction_error_a"))
     words = f"codebook: {health['used']:.0%} of the codes used, perplexity {health['perplexity']:.1f}, "
+    words += f"{health['per_state']:.1f} in one state, "
     words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
     if health["used"] < 0.5:
         words += "\nWARNING: MOST CODES ARE DEAD. Revive them (revive_every above 0), start from k-means "
@@ -644,6 +666,26 @@ def read_checkpoint(path, like, device="cpu", parts=None):
     except Exception as error:  # of a dozen types
         raise UserError(f"{path} cannot be used: {one_line(error)}.") from None
     return state
+
+
+QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr decay normalize_obs action_only revive_every kmeans_init"
+
+
+def take_quantizer(args, checksum, parts):
+    """Loads the quantizer and its optimizer from the run in args.quantizer_from into `parts`; returns the steps of its
+    fit as a run's "done". Raises UserError where that run has not finished it, or began on other data (`checksum`) or
+    with other settings of the quantizer than `args`."""
+    path = Path(args.quantizer_from) / "checkpoint.pt"
+    like = {"args": {}, "data": 0, "done": {}}
+    other = read_checkpoint(path, like)
+    if other["data"] != checksum or other["done"].get("quantizer") != args.vq_steps:
+        raise UserError(f"{path} holds no quantizer that {args.vq_steps} steps (vq_steps) have fitted to these data.")
+    for name in QUANTIZER_FIELDS.split():
+        if other["args"].get(name) != getattr(args, name):
+            raise UserError(f"the quantizer in {path} has {name} {other['args'].get(name)}: pass the same.")
+    wanted = {name: part for name, part in parts.items() if name.partition(".")[0] == "quantizer"}
+    read_checkpoint(path, like, args.device, wanted)
+    return {"quantizer": args.vq_steps}
 
 
 def parts_of(learners):

@@ -36,12 +36,12 @@ def agents(act):
     """Each discrete agent with networks from which POLICY follows, half from Q and half from the prior where it can."""
     iql = DiscreteIQL(3, FourCodes(), dataclasses.replace(saq_iql.Args(), act=act, temperature=2.0))
     constant(iql.qf, 2.0 * POLICY.log() / 2)
-    constant(iql.prior, POLICY.log() / 2)
+    constant(iql.vqvae.prior, POLICY.log() / 2)
     free = dataclasses.replace(saq_brac.Args(), act=act, actor_free=True, alpha=2.0, beta=2.0)
     brac_free = DiscreteBRAC(3, FourCodes(), free)
     for qf, more in zip(brac_free.qf, (0.0, 5.0), strict=True):  # the lower of the two counts
         constant(qf, 2.0 * POLICY.log() / 2 + more)
-    constant(brac_free.prior, POLICY.log() / 2)
+    constant(brac_free.vqvae.prior, POLICY.log() / 2)
     brac = DiscreteBRAC(3, FourCodes(), dataclasses.replace(saq_brac.Args(), act=act))
     constant(brac.actor, POLICY.log())
     bc = DiscreteBC(3, FourCodes(), dataclasses.replace(saq_bc.Args(), act=act))

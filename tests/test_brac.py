@@ -13,7 +13,7 @@ from vqvae import ActionVQVAE, minimize
 
 def agent(num_codes=8, **fields):
     brac = DiscreteBRAC(3, ActionVQVAE(3, 2, num_codes, hidden=(8,)), dataclasses.replace(Args(), **fields))
-    for network in (*brac.qf, *brac.qf_target, brac.prior, brac.actor):
+    for network in (*brac.qf, *brac.qf_target, brac.vqvae.prior, brac.actor):
         network[-1].weight.data = torch.randn_like(network[-1].weight) * 0.1
     return brac
 
@@ -28,7 +28,7 @@ def test_value_by_hand():
         brac, obs = agent(beta=0.7, literal=literal), torch.randn(4, 3)
         values = brac.value(obs)
         for i in range(4):
-            pi, p = brac.actor(obs[i]).softmax(0).tolist(), brac.prior(obs[i]).softmax(0).tolist()
+            pi, p = brac.actor(obs[i]).softmax(0).tolist(), brac.vqvae.prior(obs[i]).softmax(0).tolist()
             value = 0.0
             for k in range(8):
                 q = min(qf(obs[i])[k].item() for qf in brac.qf_target)
@@ -40,7 +40,7 @@ def test_value_by_hand():
 def test_kl_against_sampling():
     """The exact divergence is the mean of log pi - log p over the policy's own codes."""
     brac, batch = agent(), random_batch(size=4)
-    log_pi, log_p = brac.actor(batch.obs).log_softmax(1), brac.prior(batch.obs).log_softmax(1)
+    log_pi, log_p = brac.actor(batch.obs).log_softmax(1), brac.vqvae.prior(batch.obs).log_softmax(1)
     codes = log_pi.exp().multinomial(100_000, replacement=True)  # (4, n)
     sampled = (log_pi - log_p).gather(1, codes).mean()
     assert brac.diagnose(batch)["kl_exact"].item() == pytest.approx(sampled.item(), abs=0.01)
@@ -50,7 +50,7 @@ def test_without_an_actor_the_value_is_the_soft_value():
     """At alpha = beta: alpha log sum_k p(k | s) exp(Q(s, k) / alpha)."""
     brac, obs = agent(alpha=0.5, beta=0.5, actor_free=True), torch.randn(16, 3)
     q = torch.min(*(qf(obs) for qf in brac.qf_target))
-    expected = 0.5 * (brac.prior(obs).log_softmax(1) + q / 0.5).logsumexp(1)
+    expected = 0.5 * (brac.vqvae.prior(obs).log_softmax(1) + q / 0.5).logsumexp(1)
     torch.testing.assert_close(brac.value(obs), expected)
 
 
