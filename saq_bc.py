@@ -9,8 +9,7 @@ a classifier, which keeps as many modes as there are codes, and whose loss is ex
     3. `DiscreteBC.update` trains a network with K outputs by the cross-entropy -log pi(k | s)
     4. `DiscreteBC.act` decodes a code of pi; three twins learn the same data: regression, a Gaussian, a mixture
 
-Unlike in the authors' code (docs/saq_bc.md has all): observations are normalised; the quantizer's learning rate
-falls to 0; codes that no action chooses are revived (--plain undoes these three).
+What differs from the authors' code is in docs/saq_bc.md; --plain undoes it.
 
     python saq_bc.py                                              # three maze demonstrations
     python saq_bc.py --env door-human-v0 --no-compare             # a D4RL name; downloads the dataset once
@@ -41,10 +40,10 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp  # the method; what runs it:
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, take_quantizer, tracker
-from vqvae import write_file
+from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp  # the method; the rest runs it
+from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
+from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
+from vqvae import take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -87,8 +86,9 @@ class Args:
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
+    support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
     # --- SAQ-BC ---
-    use_prior: bool = False  # train the quantizer's own prior p(k | s) on, in place of a second network
+    use_prior: bool = False  # the quantizer's own prior p(k | s) is the policy: nothing more is learned
 
 
 # Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
@@ -98,10 +98,9 @@ HPARAMS = {
     "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(),
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
+    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
+    "aquadem": dict(num_codes=10),  # as published
 }
-# Fields by quantizer, over the task's: a mixture needs no choice of K; Aquadem's is the published one.
-CODES = {"mixture": dict(num_codes=64, act="mean"), "aquadem": dict(num_codes=10)}
-CODES["hard-mixture"] = CODES["mixture"]
 
 
 # --- SAQ-BC ---
@@ -112,14 +111,17 @@ class DiscreteBC(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, use_prior, act."""
+    Read of `args`: lr, use_prior, act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
         self.args, self.vqvae = args, vqvae
-        self.actor = vqvae.prior if args.use_prior else mlp(obs_dim, vqvae.num_codes)
-        self.logits = vqvae.prior_logits if args.use_prior else self.actor.forward
+        self.actor = mlp(obs_dim, vqvae.num_codes)
         self.optimizer = adamw(self.actor.parameters(), args.lr)
+
+    def logits(self, obs):
+        """obs (B, O) -> (B, K), of the policy."""
+        return self.vqvae.prior_logits(obs) if self.args.use_prior else self.actor(obs)
 
     def loss(self, batch):
         """The cross-entropy of softmax(logits) with the data's codes: at its minimum, their frequency in each state."""
@@ -127,13 +129,14 @@ class DiscreteBC(nn.Module):
         return loss, {"loss": loss}
 
     def update(self, batch):
-        """One gradient step; returns what to log."""
-        return minimize(*self.loss(batch), self.optimizer)
+        """One gradient step, of what is to be learned; returns what to log."""
+        loss, info = self.loss(batch)
+        return info if self.args.use_prior else minimize(loss, info, self.optimizer)
 
     @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A): what the classifier's likeliest code stands for, one drawn, or the mean."""
-        return self.vqvae.act(obs, self.logits(obs), self.args.act)
+        return self.vqvae.act(obs, self.logits(obs), self.args.act, self.args.support)
 
     @torch.no_grad()
     def diagnose(self, batch):
@@ -212,7 +215,7 @@ class GaussianBC(nn.Module):
 class MixtureBC(nn.Module):
     """Maximum likelihood of the data's actions under a mixture of five Gaussians, whose means, spreads and weights all
     follow the state: robomimic's BC-GMM, without its larger network. `vqvae.Mixture` is the same with K codes and one
-    spread for all. Its protocol is DiscreteBC's. Read of `args`: lr, act."""
+    spread for all. Its protocol is DiscreteBC's. Read of `args`: lr, act, support."""
 
     def __init__(self, obs_dim, action_dim, args, modes=5):
         super().__init__()
@@ -244,6 +247,9 @@ class MixtureBC(nn.Module):
         """obs (B, O) -> actions (B, A): the mean of the likeliest Gaussian, of one drawn (robomimic acts so, with next
         to no spread), or of the whole mixture."""
         log_weight, mean, _ = self.distribution(obs)
+        if self.args.support > 0:
+            least = log_weight.amax(1, keepdim=True) + math.log(self.args.support)
+            log_weight = log_weight.masked_fill(log_weight < least, -math.inf).log_softmax(1)
         if self.args.act == "mean":
             return (log_weight.exp()[..., None] * mean).sum(1)
         modes = log_weight.argmax(1) if self.args.act == "greedy" else log_weight.exp().multinomial(1)[:, 0]
@@ -267,27 +273,18 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, act="greedy")
+PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
+FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
-LIMITS = {  # what a number must at least be, and at most; of all scripts
-    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "target_every cql_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
-    "discount polyak average": (0, 1),
-    "expectile": (0.001, 0.999),
-    "temperature": (1e-6, 1e9),
-    "prior_floor": (-1e9, 0),
-}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
-    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's of CODES, over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
     row = rows[max(words, key=len)] if words else {}
-    row = row | CODES.get(quantizer, {}) | (PLAIN if plain else {})
+    row = row | rows.get(quantizer, {}) | (PLAIN if plain else {})
     return Args(env=env, plain=plain, quantizer=quantizer, **row)
 
 
@@ -357,15 +354,13 @@ class Run:
     # numbers; the phase whose evaluation comes next; what was logged: (step, name, value); networks and optimizers.
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
-    def __init__(self, args, learners, checksum):
+    def __init__(self, args, learners, checksum, done):
         self.args, self.updating, self.stopping = args, False, False
         self.parts = parts_of(learners)  # the learners and their optimizers
-        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
+        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
             return self.restore()
-        if args.quantizer_from is not None and args.resume is None:
-            self.state["done"] = take_quantizer(args, checksum, self.parts)
         self.folder = self.create() if args.resume is None else Path(args.resume)
         self.lock = lock(self.folder)
         if args.resume is not None:
@@ -525,7 +520,7 @@ def main():
         agents = make_agents(obs_dim, action_dim, vqvae, args)
     if args.normalize_obs:
         vqvae.set_units(data.obs)
-    run = Run(args, {"quantizer": vqvae, **agents}, checksum)
+    run = Run(args, {"quantizer": vqvae, **agents}, checksum, take_quantizer(args, checksum, vqvae))
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
     if args.eval_only is not None:

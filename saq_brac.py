@@ -7,21 +7,17 @@ the K codes of a VQ-VAE p is a classifier and the divergence a sum of K terms. T
 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
-    3. `DiscreteBRAC.update` trains the prior p(k | s), twin Q(s, .) with K outputs, and pi(k | s), by
+    3. `DiscreteBRAC.update` trains twin Q(s, .) with K outputs and pi(k | s), near the quantizer's prior p(k | s), by
            V(s) = sum_k pi(k | s) (Q(s, k) - beta log pi(k | s) / p(k | s)),    (Q(s, k) - r - gamma V(s'))^2    (Eq. 3)
            max_pi sum_k pi(k | s) (Q(s, k) + beta log p(k | s) - alpha log pi(k | s))                            (Eq. 6)
     4. `DiscreteBRAC.act` decodes a code of pi; its twin, `ContinuousBRAC`, learns the same data
 
-SAQ-BRAC's code was never released (docs/saq_brac.md). Eq. 3 is read with the KL of Eq. 2 whole (--literal: by its
-letter); observations are normalised; the quantizer's learning rate falls to 0; codes that no action chooses are
-revived (--plain undoes these three).
-
     python saq_brac.py                                            # three maze demonstrations
-    python saq_brac.py --env hopper-medium-v2 --no-compare        # a D4RL name; downloads the dataset once
     python saq_brac.py --env Pendulum-v1 --dataset-path mine.npz  # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. BRAC: Wu, Tucker and
-Nachum, 2019, arXiv:1911.11361. Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
+Nachum, 2019, arXiv:1911.11361. SAQ-BRAC's code was never released: docs/saq_brac.md tells how the paper was read.
+Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
 """
 
 import copy
@@ -45,10 +41,10 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; what runs it:
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, take_quantizer, tracker
-from vqvae import write_file
+from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; the rest runs it
+from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
+from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
+from vqvae import take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -91,6 +87,7 @@ class Args:
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
+    support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
     # --- Both BRACs ---
     beta: float = 1.0  # weight of staying near the dataset's policy, in units of Q, in the policy and in the value
     polyak: float = 0.005  # rate at which target networks follow
@@ -111,10 +108,9 @@ HPARAMS = {
     "hopper- halfcheetah- walker2d- ant- pen- door- hammer- relocate- kitchen-": dict(alpha=10.0, beta=10.0),
     "antmaze- maze2d-": dict(alpha=0.1, beta=0.1, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=1.0, beta=1.0, eval_episodes=50, final_episodes=50),
+    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
+    "aquadem": dict(num_codes=10),  # as published
 }
-# Fields by quantizer, over the task's: a mixture needs no choice of K; Aquadem's is the published one.
-CODES = {"mixture": dict(num_codes=64, act="mean"), "aquadem": dict(num_codes=10)}
-CODES["hard-mixture"] = CODES["mixture"]
 
 
 # --- SAQ-BRAC ---
@@ -126,7 +122,7 @@ class DiscreteBRAC(nn.Module):
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
     Read of `args`: lr, weight_decay, discount, beta, alpha, polyak, prior_floor,
-    literal, actor_free, act. Raises UserError for actor_free without an alpha."""
+    literal, actor_free, act, support. Raises UserError for actor_free without an alpha."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
@@ -186,7 +182,7 @@ class DiscreteBRAC(nn.Module):
     def act(self, obs):
         """obs (B, O) -> actions (B, A): what the policy does, by its likeliest code, one drawn, or its mean."""
         log_pi = self.log_policy(obs, torch.minimum(*(qf(obs) for qf in self.qf)))
-        return self.vqvae.act(obs, log_pi, self.args.act)
+        return self.vqvae.act(obs, log_pi, self.args.act, self.args.support)
 
     @torch.no_grad()
     def diagnose(self, batch):
@@ -304,27 +300,18 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, act="greedy")
+PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
+FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
-LIMITS = {  # what a number must at least be, and at most; of all scripts
-    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "target_every cql_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
-    "discount polyak average": (0, 1),
-    "expectile": (0.001, 0.999),
-    "temperature": (1e-6, 1e9),
-    "prior_floor": (-1e9, 0),
-}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
-    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's of CODES, over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
     row = rows[max(words, key=len)] if words else {}
-    row = row | CODES.get(quantizer, {}) | (PLAIN if plain else {})
+    row = row | rows.get(quantizer, {}) | (PLAIN if plain else {})
     return Args(env=env, plain=plain, quantizer=quantizer, **row)
 
 
@@ -394,15 +381,13 @@ class Run:
     # numbers; the phase whose evaluation comes next; what was logged: (step, name, value); networks and optimizers.
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
-    def __init__(self, args, learners, checksum):
+    def __init__(self, args, learners, checksum, done):
         self.args, self.updating, self.stopping = args, False, False
         self.parts = parts_of(learners)  # the learners and their optimizers
-        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
+        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
             return self.restore()
-        if args.quantizer_from is not None and args.resume is None:
-            self.state["done"] = take_quantizer(args, checksum, self.parts)
         self.folder = self.create() if args.resume is None else Path(args.resume)
         self.lock = lock(self.folder)
         if args.resume is not None:
@@ -562,7 +547,7 @@ def main():
         agents = make_agents(obs_dim, action_dim, vqvae, args)
     if args.normalize_obs:
         vqvae.set_units(data.obs)
-    run = Run(args, {"quantizer": vqvae, **agents}, checksum)
+    run = Run(args, {"quantizer": vqvae, **agents}, checksum, take_quantizer(args, checksum, vqvae))
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
     if args.eval_only is not None:

@@ -1,10 +1,9 @@
 """SAQ-CQL: conservative Q-learning on quantized actions, beside the continuous CQL that it replaces.
 
 Offline RL learns from a fixed dataset. Q-learning's target, r + gamma max_a Q(s', a), then seeks out actions whose Q is
-too high by mistake, and no new data ever correct them. CQL pushes Q down on all actions, by their log-sum-exp (a smooth
-maximum), and up on the dataset's own. Over continuous actions that is an integral, estimated from samples, and badly
-where the data fill a sliver of the space. Over the K codes of a VQ-VAE, an autoencoder with only K values in its
-middle, it is a sum of K terms. The steps, and who does them:
+too high by mistake. CQL pushes Q down on all actions, by their log-sum-exp (a smooth maximum), and up on the dataset's
+own. Over continuous actions that is an integral, estimated from samples, and badly where the data fill a sliver of the
+space. Over the K codes of a VQ-VAE, an autoencoder with only K values in its middle, it is a sum of K terms. The steps:
 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
@@ -12,16 +11,11 @@ middle, it is a sum of K terms. The steps, and who does them:
            (Q(s, k) - y)^2 + alpha (log sum_j exp Q(s, j) - Q(s, k))        TD error + exact penalty (Eq. 12)
     4. `DiscreteCQL.act` decodes the best code, or samples or averages over softmax(Q); its twin is `ContinuousCQL`
 
-Unlike in the authors' code (docs/saq_cql.md has all): a running average of Q acts, so that the best code does not
-flicker; observations are normalised; the quantizer's learning rate falls to 0; codes that no action chooses are revived
-(--plain undoes these four).
-
     python saq_cql.py                                             # three maze demonstrations, 5 minutes on 2 cores
-    python saq_cql.py --env hopper-expert-v2 --no-compare         # a D4RL name; downloads the dataset once
     python saq_cql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. CQL: Kumar et al.,
-NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
+NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, for D4RL's names, offline_envs/; docs/saq_cql.md has the rest.
 """
 
 import copy
@@ -45,10 +39,10 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; what runs it:
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, take_quantizer, tracker
-from vqvae import write_file
+from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; the rest runs it
+from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
+from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
+from vqvae import take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -91,6 +85,7 @@ class Args:
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
+    support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
     # --- SAQ-CQL ---
     alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10
     target_every: int = 200  # steps between two copies of the Q network into its target
@@ -113,10 +108,9 @@ HPARAMS = {
     "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(alpha=20.0),
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=20.0, eval_episodes=50, final_episodes=50),
+    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
+    "aquadem": dict(num_codes=10),  # as published
 }
-# Fields by quantizer, over the task's: a mixture needs no choice of K; Aquadem's is the published one.
-CODES = {"mixture": dict(num_codes=64, act="mean"), "aquadem": dict(num_codes=10)}
-CODES["hard-mixture"] = CODES["mixture"]
 
 
 # --- SAQ-CQL ---
@@ -127,7 +121,7 @@ class DiscreteCQL(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, weight_decay, alpha, discount, target_every, average, act."""
+    Read of `args`: lr, weight_decay, alpha, discount, target_every, average, act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
@@ -172,7 +166,7 @@ class DiscreteCQL(nn.Module):
         """obs (B, O), as vqvae.normalize returns them -> actions (B, A): what the best code stands for, or one drawn
         from softmax(Q), or the mean of all under it."""
         q = self.qf_average(obs) if self.args.average else self.qf(obs)  # (B, K)
-        return self.vqvae.act(obs, q, self.args.act)
+        return self.vqvae.act(obs, q, self.args.act, self.args.support)
 
     @torch.no_grad()
     def diagnose(self, batch):
@@ -309,27 +303,19 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, act="greedy", average=0.0, alpha=20.0)
+PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
+PLAIN |= dict(average=0.0, alpha=20.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
+FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
-LIMITS = {  # what a number must at least be, and at most; of all scripts
-    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "target_every cql_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
-    "discount polyak average": (0, 1),
-    "expectile": (0.001, 0.999),
-    "temperature": (1e-6, 1e9),
-    "prior_floor": (-1e9, 0),
-}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
-    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's of CODES, over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
     row = rows[max(words, key=len)] if words else {}
-    row = row | CODES.get(quantizer, {}) | (PLAIN if plain else {})
+    row = row | rows.get(quantizer, {}) | (PLAIN if plain else {})
     return Args(env=env, plain=plain, quantizer=quantizer, **row)
 
 
@@ -399,15 +385,13 @@ class Run:
     # numbers; the phase whose evaluation comes next; what was logged: (step, name, value); networks and optimizers.
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
-    def __init__(self, args, learners, checksum):
+    def __init__(self, args, learners, checksum, done):
         self.args, self.updating, self.stopping = args, False, False
         self.parts = parts_of(learners)  # the learners and their optimizers
-        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
+        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
             return self.restore()
-        if args.quantizer_from is not None and args.resume is None:
-            self.state["done"] = take_quantizer(args, checksum, self.parts)
         self.folder = self.create() if args.resume is None else Path(args.resume)
         self.lock = lock(self.folder)
         if args.resume is not None:
@@ -567,7 +551,7 @@ def main():
         agents = make_agents(obs_dim, action_dim, vqvae, args)
     if args.normalize_obs:
         vqvae.set_units(data.obs)
-    run = Run(args, {"quantizer": vqvae, **agents}, checksum)
+    run = Run(args, {"quantizer": vqvae, **agents}, checksum, take_quantizer(args, checksum, vqvae))
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
     if args.eval_only is not None:

@@ -1,24 +1,19 @@
 """SAQ-IQL: implicit Q-learning on quantized actions, beside the continuous IQL that it replaces.
 
 Offline RL learns from a fixed dataset. Q-learning's target, r + gamma max_a Q(s', a), then seeks out actions whose Q is
-too high by mistake, and no new data ever correct them. IQL's V(s) is a high expectile of Q over the dataset's actions,
-and no others are rated. A policy must then be extracted from Q: over continuous actions by a regression, over the K
-codes of a VQ-VAE in closed form. The steps, and who does them:
+too high by mistake. IQL rates no action but the dataset's: V(s) is a high expectile of their Q. A policy must then be
+extracted from Q: over continuous actions by a regression, over the K codes of a VQ-VAE in closed form. The steps:
 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
-    3. `DiscreteIQL.update` trains V(s), Q(s, .) with K outputs, and a prior p(k | s), the dataset's own policy:
-           |tau - 1[Q(s, k) < V(s)]| (Q(s, k) - V(s))^2,    (Q(s, k) - r - gamma V(s'))^2,    -log p(k | s)
-    4. `DiscreteIQL.act` decodes a code of p(k | s) exp((Q(s, k) - V(s)) / lambda) (Eq. 14), which takes no network
-
-Unlike in the authors' code (docs/saq_iql.md has all): observations are normalised; the quantizer's learning rate
-falls to 0; codes that no action chooses are revived (--plain undoes these three).
+    3. `DiscreteIQL.update`: |tau - 1[Q(s, k) < V(s)]| (Q(s, k) - V(s))^2 trains V, (Q(s, k) - r - gamma V(s'))^2 Q
+    4. `DiscreteIQL.act` decodes a code of p(k | s) exp((Q(s, k) - V(s)) / lambda) (Eq. 14), p the quantizer's prior
 
     python saq_iql.py                                             # three maze demonstrations
     python saq_iql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. IQL: Kostrikov et
-al., ICLR 2022, arXiv:2110.06169. Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
+al., ICLR 2022, arXiv:2110.06169. Needs vqvae.py and, for D4RL's names, offline_envs/; docs/saq_iql.md has the rest.
 """
 
 import copy
@@ -42,10 +37,10 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; what runs it:
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health, exit_in_words
-from vqvae import load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint, take_quantizer, tracker
-from vqvae import write_file
+from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; the rest runs it
+from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
+from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
+from vqvae import take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -88,6 +83,7 @@ class Args:
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
+    support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
     # --- Both IQLs ---
     expectile: float = 0.7  # tau: V(s) is this expectile of Q(s, a) over the dataset's actions
     polyak: float = 0.005  # rate at which target networks follow
@@ -105,18 +101,16 @@ class Args:
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 ROBOSUITE = dict(eval_episodes=50, final_episodes=50)
 HPARAMS = {
-    # Chosen here: lambda 2 swings on the maze and scores less on stand-ins for hopper, beta 3 fails on the maze.
     "maze2d-large-demos-": dict(MAZE, temperature=10.0, beta=0.1),
     "hopper- halfcheetah- walker2d- ant-": dict(expectile=0.7, temperature=10.0, beta=3.0, reward_scale=0.0),
-    # Lambda is the authors' for adroit, and 1 / beta, untried, for the rest; expectile and beta are IQL's, robomimic's.
+    # Lambda: the authors' for adroit, and 1 / beta, untried, for the rest; expectile and beta: IQL's, robomimic's.
     "pen- door- hammer- relocate-": dict(expectile=0.7, temperature=1.0, beta=0.5),
     "kitchen- maze2d-": dict(expectile=0.7, temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(ROBOSUITE, expectile=0.9, temperature=1.0, beta=1.0),
+    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
+    "aquadem": dict(num_codes=10),  # as published
 }
-# Fields by quantizer, over the task's: a mixture needs no choice of K; Aquadem's is the published one.
-CODES = {"mixture": dict(num_codes=64, act="mean"), "aquadem": dict(num_codes=10)}
-CODES["hard-mixture"] = CODES["mixture"]
 
 
 # --- SAQ-IQL ---
@@ -129,7 +123,7 @@ class DiscreteIQL(nn.Module):
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
     Read of `args`: lr, weight_decay, discount, expectile, polyak, temperature,
-    prior_floor, exact_expectile, act."""
+    prior_floor, exact_expectile, act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
@@ -178,7 +172,7 @@ class DiscreteIQL(nn.Module):
     @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A): what the policy of Eq. 14 does: its likeliest code, one drawn, or the mean."""
-        return self.vqvae.act(obs, self.policy_logits(obs), self.args.act)
+        return self.vqvae.act(obs, self.policy_logits(obs), self.args.act, self.args.support)
 
     @torch.no_grad()
     def diagnose(self, batch):
@@ -298,27 +292,18 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, act="sample", temperature=2.0)
+PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="sample", temperature=2.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
+FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
-LIMITS = {  # what a number must at least be, and at most; of all scripts
-    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "target_every cql_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
-    "discount polyak average": (0, 1),
-    "expectile": (0.001, 0.999),
-    "temperature": (1e-6, 1e9),
-    "prior_floor": (-1e9, 0),
-}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
-    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's of CODES, over that PLAIN."""
+    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     words = [word for word in rows if env.split(":")[-1].startswith(word)]
     row = rows[max(words, key=len)] if words else {}
-    row = row | CODES.get(quantizer, {}) | (PLAIN if plain else {})
+    row = row | rows.get(quantizer, {}) | (PLAIN if plain else {})
     return Args(env=env, plain=plain, quantizer=quantizer, **row)
 
 
@@ -388,15 +373,13 @@ class Run:
     # numbers; the phase whose evaluation comes next; what was logged: (step, name, value); networks and optimizers.
     NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
 
-    def __init__(self, args, learners, checksum):
+    def __init__(self, args, learners, checksum, done):
         self.args, self.updating, self.stopping = args, False, False
         self.parts = parts_of(learners)  # the learners and their optimizers
-        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum}
+        self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
             return self.restore()
-        if args.quantizer_from is not None and args.resume is None:
-            self.state["done"] = take_quantizer(args, checksum, self.parts)
         self.folder = self.create() if args.resume is None else Path(args.resume)
         self.lock = lock(self.folder)
         if args.resume is not None:
@@ -556,7 +539,7 @@ def main():
         agents = make_agents(obs_dim, action_dim, vqvae, args)
     if args.normalize_obs:
         vqvae.set_units(data.obs)
-    run = Run(args, {"quantizer": vqvae, **agents}, checksum)
+    run = Run(args, {"quantizer": vqvae, **agents}, checksum, take_quantizer(args, checksum, vqvae))
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
     if args.eval_only is not None:

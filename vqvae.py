@@ -72,11 +72,16 @@ class Quantizer(nn.Module):
         """One gradient step on obs (B, O), actions (B, A); returns what to log."""
         return minimize(*self(obs, actions), self.optimizer)
 
-    def act(self, obs, logits, how):
+    def act(self, obs, logits, how, support=0.0):
         """What a policy over codes, the softmax of logits (B, K), does in obs (B, O): actions (B, A) in [-1, 1].
 
         how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", the action that it expects, an
-        exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions."""
+        exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions.
+        support: codes to which the prior gives less than this share of its likeliest one's probability are left out, as
+        in discrete BCQ (Fujimoto et al. 2019, arXiv:1910.01708): what the policy thinks of them has no ground."""
+        if support > 0:
+            prior = self.prior_logits(obs)
+            logits = logits.masked_fill(prior < prior.amax(1, keepdim=True) + math.log(support), -math.inf)
         if how == "mean":
             return (logits.softmax(1)[..., None] * self.candidates(obs)).sum(1).clamp(-1, 1)
         codes = logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]  # (B,)
@@ -371,6 +376,8 @@ def codebook_health(vqvae, obs, actions):
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
     per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state is exp of what
     codes tell of the state (their mutual information): that much is to be learned before a policy chooses well.
+    persistence: correlation of what two actions in a row, of 500 pairs, differ by from the policy's mean action. Near 0
+    it is noise, and the mean may act; where it is large, demonstrators kept to one of several intentions.
     reconstruction_error: mean squared error over rows and dimensions; ..._a0, ..._a1: of each dimension.
     """
     codes = vqvae.encode_dataset(obs, actions)
@@ -379,10 +386,14 @@ def codebook_health(vqvae, obs, actions):
         error += (vqvae.decode(o, k) - a).square().sum(0) / len(obs)
         entropy += torch.special.entr(vqvae.prior_logits(o).softmax(1)).sum() / len(obs)
     use = torch.bincount(codes, minlength=vqvae.num_codes) / len(codes)  # (K,)
+    rows = torch.linspace(0, len(obs) - 2, 500, device=obs.device).long()
+    rows = torch.cat([rows, rows + 1])
+    now, then = (actions[rows] - vqvae.act(obs[rows], vqvae.prior_logits(obs[rows]), "mean")).chunk(2)  # (500, A) each
     health = {
         "used": (use > 0).float().mean().item(),
         "perplexity": torch.special.entr(use).sum().exp().item(),
         "per_state": entropy.exp().item(),
+        "persistence": F.cosine_similarity(now.flatten(), then.flatten(), 0).item(),
         "reconstruction_error": error.mean().item(),
     }
     return health | {f"reconstruction_error_a{i}": e for i, e in enumerate(error.tolist())}
@@ -392,7 +403,7 @@ def describe_health(health):
     """`codebook_health` in words, loud where the codebook is mostly dead."""
     errors = " ".join(f"{value:.4f}" for name, value in health.items() if name.startswith("reconstruction_error_a"))
     words = f"codebook: {health['used']:.0%} of the codes used, perplexity {health['perplexity']:.1f}, "
-    words += f"{health['per_state']:.1f} in one state, "
+    words += f"{health['per_state']:.1f} in one state, persistence {health['persistence']:.2f}, "
     words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
     if health["used"] < 0.5:
         words += "\nWARNING: MOST CODES ARE DEAD. Revive them (revive_every above 0), start from k-means "
@@ -671,20 +682,20 @@ def read_checkpoint(path, like, device="cpu", parts=None):
 QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr decay normalize_obs action_only revive_every kmeans_init"
 
 
-def take_quantizer(args, checksum, parts):
-    """Loads the quantizer and its optimizer from the run in args.quantizer_from into `parts`; returns the steps of its
-    fit as a run's "done". Raises UserError where that run has not finished it, or began on other data (`checksum`) or
-    with other settings of the quantizer than `args`."""
-    path = Path(args.quantizer_from) / "checkpoint.pt"
-    like = {"args": {}, "data": 0, "done": {}}
+def take_quantizer(args, checksum, vqvae):
+    """Loads into `vqvae` and its optimizer what the run in args.quantizer_from has fitted; returns the "done" of a run
+    that begins with it: {} where no other run is named, or a run goes on. Raises UserError where that run has not ended
+    its fit, or began on other data (`checksum`) or with other settings of the quantizer than `args`."""
+    if args.quantizer_from is None or args.resume is not None or args.eval_only is not None:
+        return {}
+    path, like = Path(args.quantizer_from) / "checkpoint.pt", {"args": {}, "data": 0, "done": {}}
     other = read_checkpoint(path, like)
     if other["data"] != checksum or other["done"].get("quantizer") != args.vq_steps:
         raise UserError(f"{path} holds no quantizer that {args.vq_steps} steps (vq_steps) have fitted to these data.")
     for name in QUANTIZER_FIELDS.split():
         if other["args"].get(name) != getattr(args, name):
             raise UserError(f"the quantizer in {path} has {name} {other['args'].get(name)}: pass the same.")
-    wanted = {name: part for name, part in parts.items() if name.partition(".")[0] == "quantizer"}
-    read_checkpoint(path, like, args.device, wanted)
+    read_checkpoint(path, like, args.device, parts_of({"quantizer": vqvae}))
     return {"quantizer": args.vq_steps}
 
 
@@ -737,6 +748,17 @@ def tracker(folder, config):
     thread.start()
     atexit.register(finish)
     return rows.put
+
+
+LIMITS = {  # what a number must at least be, and at most; of all scripts
+    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
+    "target_every cql_samples": (1, 1e9),
+    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha": (0, 1e9),
+    "discount polyak average support": (0, 1),
+    "expectile": (0.001, 0.999),
+    "temperature": (1e-6, 1e9),
+    "prior_floor": (-1e9, 0),
+}
 
 
 def check_numbers(arguments, limits):

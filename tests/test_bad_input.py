@@ -11,8 +11,17 @@ from conftest import assert_same_run, dataset, one_sentence, only_run, run_forke
 
 import saq_brac
 import saq_cql
-from saq_cql import FREE_TO_EVALUATE, FREE_TO_RESUME, LIMITS, Args
-from vqvae import UserError, check_numbers, check_unchanged, load_arrays, make_env, make_transitions, scale_rewards
+from saq_cql import FREE_TO_EVALUATE, FREE_TO_RESUME, Args
+from vqvae import (
+    LIMITS,
+    UserError,
+    check_numbers,
+    check_unchanged,
+    load_arrays,
+    make_env,
+    make_transitions,
+    scale_rewards,
+)
 
 TINY = ["--vq-steps", 20, "--steps", 20, "--eval-every", 10, "--eval-episodes", 1, "--final-episodes", 1]
 TINY += ["--env", "tiny_envs:Tiny-v0", "--no-compare"]

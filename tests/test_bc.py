@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 from test_closed_forms import random_batch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from saq_bc import Args, DeterministicBC, DiscreteBC, GaussianBC, learn
+from saq_bc import Args, DeterministicBC, DiscreteBC, GaussianBC, MixtureBC, learn
 from vqvae import ActionVQVAE, Transitions, fit
 
 
@@ -50,15 +51,15 @@ def test_two_modes_stay_two_modes():
     assert regression.act(obs).abs().max() < 0.2
 
 
-def test_using_the_prior_trains_no_second_network():
+def test_using_the_prior_learns_nothing_more():
     vqvae = ActionVQVAE(3, 2, 8, hidden=(8,))
-    assert not any(name.startswith("logits") for name in DiscreteBC(3, vqvae, Args()).state_dict())  # stored once
     agent = DiscreteBC(3, vqvae, dataclasses.replace(Args(), use_prior=True))
-    assert agent.actor is vqvae.prior
-    before = [p.clone() for p in (*vqvae.encoder.parameters(), *vqvae.decoder.parameters(), vqvae.codebook)]
-    agent.update(random_batch())
-    after = (*vqvae.encoder.parameters(), *vqvae.decoder.parameters(), vqvae.codebook)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    before = [parameter.clone() for parameter in agent.parameters()]
+    batch = random_batch()
+    info = agent.update(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters(), strict=True))
+    expected = torch.nn.functional.cross_entropy(vqvae.prior_logits(batch.obs), batch.codes)
+    torch.testing.assert_close(info["loss"], expected)
 
 
 def test_gaussian_loss_is_the_density_of_the_squashed_action():
@@ -79,3 +80,37 @@ def test_gaussian_samples_only_when_asked():
     assert torch.equal(agent.act(obs), agent.act(obs))
     agent.args = dataclasses.replace(agent.args, act="sample")
     assert not torch.equal(agent.act(obs), agent.act(obs))
+
+
+def test_mixture_twin_against_torch():
+    """Its loss is minus the log density of torch's mixture of independent Gaussians; it acts in three ways."""
+    agent, batch = MixtureBC(3, 2, Args()), random_batch()
+    torch.nn.init.normal_(agent.actor[-1].weight, std=0.1)
+    log_weight, mean, std = agent.distribution(batch.obs)
+    assert mean.abs().max() <= 1
+    assert std.min() >= 1e-4
+    mixture = MixtureSameFamily(Categorical(logits=log_weight), Independent(Normal(mean, std), 1))
+    torch.testing.assert_close(agent.loss(batch)[0], -mixture.log_prob(batch.actions).mean())
+    best = torch.stack([mean[i, log_weight[i].argmax()] for i in range(len(mean))])
+    assert torch.equal(agent.act(batch.obs), best)
+    agent.args = dataclasses.replace(agent.args, act="mean", support=0.0)
+    torch.testing.assert_close(agent.act(batch.obs), mixture.mean)
+    agent.args.support = 1.0  # nothing but the likeliest is left
+    torch.testing.assert_close(agent.act(batch.obs), best)
+    agent.args.support = 0.0
+    agent.args = dataclasses.replace(agent.args, act="sample")
+    same = (agent.act(batch.obs)[:, None] == mean).all(-1)
+    assert same.any(1).all()  # always the mean of one of the Gaussians, and not always of the same
+    assert same.float().mean(0).max() < 1
+
+
+def test_mixture_twin_finds_both_modes():
+    obs, actions = torch.zeros(512, 2), torch.where(torch.rand(512, 1) < 0.5, -0.8, 0.8)
+    zeros = torch.zeros(512)
+    agent = MixtureBC(2, 1, dataclasses.replace(Args(), act="sample", lr=3e-3))
+    data = Transitions(obs, actions, zeros, obs, zeros, zeros.long())
+    for _ in range(400):
+        agent.update(data)
+    acted = agent.act(obs)
+    assert (acted.abs() - 0.8).abs().max() < 0.05
+    assert 0.3 < (acted > 0).float().mean() < 0.7
