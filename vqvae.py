@@ -403,11 +403,14 @@ def describe_health(health):
     """`codebook_health` in words, loud where the codebook is mostly dead."""
     errors = " ".join(f"{value:.4f}" for name, value in health.items() if name.startswith("reconstruction_error_a"))
     words = f"codebook: {health['used']:.0%} of the codes used, perplexity {health['perplexity']:.1f}, "
-    words += f"{health['per_state']:.1f} in one state, persistence {health['persistence']:.2f}, "
+    words += f"{health['per_state']:.1f} of them in one state, persistence {health['persistence']:.2f}, "
     words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
     if health["used"] < 0.5:
         words += "\nWARNING: MOST CODES ARE DEAD. Revive them (revive_every above 0), start from k-means "
         words += "(kmeans_init), or ask for fewer (num_codes)."
+    if health["perplexity"] > 10 * health["per_state"]:
+        words += "\nwarning: which code is meant depends on the state much more than on the action, so that a policy "
+        words += "has much to learn before it chooses well: try fewer codes, or the mixture."
     return words
 
 

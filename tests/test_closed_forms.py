@@ -303,18 +303,36 @@ def test_learning_rate_of_the_fit(decay):
 def test_codebook_health_of_known_codes():
     vqvae = ActionVQVAE(1, 2, 4)
     vqvae.encode = lambda obs, actions: (torch.arange(len(obs)) % 2).long()
-    vqvae.decode = lambda obs, codes: torch.zeros(len(codes), 2)
+    vqvae.decode = lambda obs, codes: torch.zeros(*codes.shape, 2)
+    prior = torch.tensor([0.5, 0.3, 0.2, 1e-9])
+    vqvae.prior_logits = lambda obs: prior.log().expand(len(obs), 4)
     health = codebook_health(vqvae, torch.zeros(6000, 1), torch.tensor([[1.0, 0.5]]).expand(6000, 2))
     assert health["used"] == 0.5
     assert health["perplexity"] == pytest.approx(2)
+    assert health["per_state"] == pytest.approx(math.exp(-(prior * prior.log()).sum()), rel=1e-4)
+    assert health["persistence"] == pytest.approx(1)  # all actions differ from the mean, 0, in the same way
     assert health["reconstruction_error"] == pytest.approx((1 + 0.25) / 2, rel=1e-4)
     assert health["reconstruction_error_a1"] == pytest.approx(0.25, rel=1e-4)
 
 
-def test_dead_codes_are_announced_loudly():
-    health = {"used": 0.4, "perplexity": 3.0, "reconstruction_error": 0.1, "reconstruction_error_a0": 0.1}
+@pytest.mark.parametrize("rate", [0.0, 0.8])
+def test_persistence_is_the_correlation_of_neighbours(rate):
+    """Of an autoregressive process of that rate around the codes' mean."""
+    noise, rows = torch.randn(20_000, 2), [torch.zeros(2)]
+    for row in noise[1:]:
+        rows.append(rate * rows[-1] + (1 - rate**2) ** 0.5 * row)
+    vqvae = ActionVQVAE(1, 2, 4)
+    vqvae.decode = lambda obs, codes: torch.full((*codes.shape, 2), 0.3)
+    health = codebook_health(vqvae, torch.zeros(20_000, 1), 0.3 + torch.stack(rows))
+    assert health["persistence"] == pytest.approx(rate, abs=0.1)
+
+
+def test_codebooks_in_trouble_are_announced():
+    health = {"used": 0.4, "perplexity": 3.0, "per_state": 2.0, "persistence": 0.0}
+    health |= {"reconstruction_error": 0.1, "reconstruction_error_a0": 0.1}
     assert "WARNING: MOST CODES ARE DEAD" in describe_health(health)
-    assert "WARNING" not in describe_health(health | {"used": 0.6})
+    assert "warning" not in describe_health(health | {"used": 0.6}).lower()
+    assert "depends on the state much more" in describe_health(health | {"used": 0.6, "perplexity": 21.0})
 
 
 # --- Transitions ---
