@@ -75,14 +75,15 @@ class Args:
     quantizer: Literal["vqvae", "mixture", "hard-mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
+    vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # steps between two moves of unchosen codes to where actions are, until 90%; 0: never
     kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
-    lr: float = 3e-4  # learning rate of every network, the quantizer's too
-    decay: bool = True  # let learning rates fall to 0 along a cosine, over vq_steps and over steps
+    lr: float = 3e-4  # learning rate of every network
+    decay: bool = True  # let the learning rates of both agents fall to 0 along a cosine
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
     reward_shift: float = 0.0  # is added to them then; scores stay as they are
@@ -99,8 +100,7 @@ class Args:
     weight_decay: float = 1e-3  # AdamW's weight decay of the Q networks
 
 
-# Fields by task. A row holds for names that start with one of its words; the longest word wins, and a flag on the
-# command line wins over the row. SAQ-BRAC's code and hyperparameters were not released. Ours: chosen on the maze
+# Fields by the first letters of a task's name; a flag wins. SAQ-BRAC's were not released. Ours: chosen on the maze
 # data and on stand-ins for hopper's, where 1, the authors' weight for continuous BRAC, fails; two rows are untried.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
@@ -300,7 +300,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
 SCRIPT = Path(__file__).stem
-PLAIN = dict(num_codes=64, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
+PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
@@ -560,7 +560,7 @@ def main():
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
     # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
-    options = dict(decay=args.decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
+    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
     options |= dict(start=done.get("quantizer", 0), compile=args.compile)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))

@@ -682,7 +682,7 @@ def read_checkpoint(path, like, device="cpu", parts=None):
     return state
 
 
-QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr decay normalize_obs action_only revive_every kmeans_init"
+QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr vq_decay normalize_obs action_only revive_every kmeans_init"
 
 
 def take_quantizer(args, checksum, vqvae):

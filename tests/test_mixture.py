@@ -1,12 +1,17 @@
 """The mixture quantizer: its likelihood, its limits, its interface."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from vqvae import Aquadem, Mixture, fit
+import saq_bc
+import saq_brac
+import saq_cql
+import saq_iql
+from vqvae import QUANTIZERS, Aquadem, Mixture, fit
 
 
 @pytest.mark.parametrize("num_codes", [1, 2, 7])
@@ -97,3 +102,50 @@ def test_aquadem_is_a_mixture_with_a_fixed_sigma_and_a_uniform_prior():
     expected = -0.3 * (-(actions[:, None] - u).square().sum(-1) / 0.3).exp().mean(1).log().mean()
     torch.testing.assert_close(aquadem(obs, actions)[1]["loss"], expected)
     assert torch.equal(aquadem.encode(obs, actions), (actions[:, None] - u).norm(dim=-1).argmin(1))
+
+
+# --- Acting ---
+
+
+def test_the_mean_is_linear_in_the_policy_and_greedy_at_one_hot_policies():
+    mixture, obs = Mixture(3, 2, 5), torch.randn(20, 3)
+    torch.nn.init.normal_(mixture.net[-1].weight, std=0.005)
+    mixture.net[-1].bias.data[5:] *= 0.3  # candidates inside the box, where nothing is clipped
+    p, q = torch.rand(2, 20, 5).softmax(-1)
+    mean = [mixture.act(obs, policy.log(), "mean") for policy in (p, q, 0.3 * p + 0.7 * q)]
+    torch.testing.assert_close(mean[2], 0.3 * mean[0] + 0.7 * mean[1])
+    one_hot = 1e4 * torch.eye(5)[torch.randint(5, (20,))]
+    torch.testing.assert_close(mixture.act(obs, one_hot, "mean"), mixture.act(obs, one_hot, "greedy"))
+    sampled = torch.stack([mixture.act(obs, p.log(), "sample") for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(sampled, mean[0], atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_support_leaves_out_what_the_data_hardly_do(kind):
+    """Whatever the policy thinks of such codes. At 0 nothing is left out, at 1 only the prior's likeliest is left."""
+    quantizer, obs = QUANTIZERS[kind](3, 2, 4), torch.randn(300, 3)
+    prior = torch.tensor([0.5, 0.3, 0.16, 0.04])
+    quantizer.prior_logits = lambda obs: prior.log().expand(len(obs), 4) - 3.0
+    quantizer.decode = lambda obs, codes: codes[:, None].expand(-1, 2) / 10.0
+    quantizer.candidates = lambda obs: torch.arange(4.0)[None, :, None].expand(len(obs), 4, 2) / 10.0
+    high = torch.tensor([0.0, 0.0, 0.0, 1e6]).expand(300, 4)  # the policy wants what the data do not
+    flat = torch.zeros(300, 4)
+    left = []
+    for support in (0.0, 0.05, 0.1, 0.4, 0.7, 1.0):
+        left.append((10 * quantizer.act(obs, flat, "sample", support)[:, 0]).round().unique().tolist())
+        mean = quantizer.act(obs, flat, "mean", support)[0, 0].item()
+        assert mean == pytest.approx(sum(left[-1]) / len(left[-1]) / 10, abs=1e-6)
+        greedy = 10 * quantizer.act(obs, high, "greedy", support)[:, 0]
+        assert (greedy.round() == (3 if 3 in left[-1] else left[-1][0])).all()
+    assert left == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], [0]]
+
+
+@pytest.mark.parametrize("script", [saq_cql, saq_iql, saq_brac, saq_bc])
+def test_agents_pass_their_support_on(script):
+    asked = []
+    args = dataclasses.replace(script.Args(), act="mean", support=0.37, compare=False)
+    quantizer = Mixture(3, 2, 4)
+    quantizer.act = lambda obs, logits, how, support: asked.append((logits.shape, how, support))
+    (agent,) = script.make_agents(3, 2, quantizer, args).values()
+    agent.act(torch.randn(7, 3))
+    assert asked == [((7, 4), "mean", 0.37)]
