@@ -1,9 +1,8 @@
 """SAQ-BRAC: behaviour-regularised actor-critic on quantized actions, beside the continuous BRAC that it replaces.
 
-Offline RL learns from a fixed dataset. Q-learning's target, r + gamma max_a Q(s', a), then seeks out actions whose Q is
-too high by mistake, and no new data ever correct them. BRAC lets its policy pi leave the dataset's own, p, only at a
-price: beta KL(pi || p). Over continuous actions that takes a density model of the data and samples of the policy; over
-the K codes of a VQ-VAE p is a classifier and the divergence a sum of K terms. The steps, and who does them:
+Offline RL learns from a fixed dataset, and Q-learning seeks out actions whose Q is too high by mistake. BRAC lets its
+policy pi leave the dataset's own, p, only at a price: beta KL(pi || p). Over continuous actions that takes a density
+model of the data and samples of the policy; over the K codes of a VQ-VAE it is a sum of K terms. The steps:
 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
@@ -16,8 +15,7 @@ the K codes of a VQ-VAE p is a classifier and the divergence a sum of K terms. T
     python saq_brac.py --env Pendulum-v1 --dataset-path mine.npz  # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. BRAC: Wu, Tucker and
-Nachum, 2019, arXiv:1911.11361. SAQ-BRAC's code was never released: docs/saq_brac.md tells how the paper was read.
-Needs vqvae.py and, but for Gymnasium's own names, offline_envs/.
+Nachum, 2019, arXiv:1911.11361. Needs vqvae.py and, for D4RL's names, offline_envs/; docs/saq_brac.md has the rest.
 """
 
 import copy
@@ -98,10 +96,12 @@ class Args:
     literal: bool = False  # the value of Eq. 3 to the letter, which rewards log p(k | s) instead of subtracting the KL
     actor_free: bool = False  # the policy that maximises Eq. 6, computed: no policy network
     weight_decay: float = 1e-3  # AdamW's weight decay of the Q networks
+    # --- Continuous BRAC ---
+    kl_samples: int = 4  # actions of the policy that estimate the divergence in each state
+    warm_up: float = 0.3  # share of the steps in which the policy ignores Q
 
 
-# Fields by the first letters of a task's name; a flag wins. SAQ-BRAC's were not released. Ours: chosen on the maze
-# data and on stand-ins for hopper's, where 1, the authors' weight for continuous BRAC, fails; two rows are untried.
+# Fields by the first letters of a task's name; a flag wins. SAQ-BRAC's were not released: ours (docs/saq_brac.md).
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, alpha=10.0, beta=10.0),
@@ -195,25 +195,27 @@ class DiscreteBRAC(nn.Module):
 
 
 class Actor(nn.Module):
-    """A Gaussian policy, squashed into [-1, 1] by tanh."""
+    """A Gaussian, squashed into [-1, 1] by tanh: the policy, and the model of the dataset's policy. Densities are those
+    of actions before tanh, x: a divergence between two of them is the same there, and finite up to the box's edge."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
         self.net = mlp(obs_dim, 2 * action_dim, hidden=(256, 256))
 
-    def sample(self, obs, n):
-        """obs (B, O) -> n actions in each state (n, B, A) and their log densities (n, B)."""
-        mean, log_std = self.net(obs).chunk(2, -1)  # (B, A) each
-        log_std = (log_std - 1).clamp(-20, 2)  # starts at a narrow e^-1, as in the authors' code
-        noise = torch.randn(n, *mean.shape, device=obs.device)
-        raw = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # The density of tanh(raw) is that of raw over the slope, 1 - tanh(raw)^2; its logarithm, kept stable.
-        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))
-        return raw.tanh(), log_prob.sum(-1)
+    def distribution(self, obs):
+        """obs (B, O) -> mean and log standard deviation of x (B, A)."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, (log_std - 1).clamp(-20, 2)  # starts at a narrow e^-1, as in the authors' code
 
-    def mode(self, obs):
-        return self.net(obs).chunk(2, -1)[0].tanh()
+    def log_prob(self, obs, x):
+        """Log density (..., B) of x (..., B, A) in obs (B, O)."""
+        mean, log_std = self.distribution(obs)
+        return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, obs, n):
+        """n draws of x in each state (n, B, A)."""
+        mean, log_std = self.distribution(obs)
+        return mean + log_std.exp() * torch.randn(n, *mean.shape, device=obs.device)
 
 
 class Critic(nn.Module):
@@ -222,60 +224,60 @@ class Critic(nn.Module):
         self.net = mlp(obs_dim + action_dim, 1, hidden=(256, 256))
 
     def forward(self, obs, actions):
-        """obs (B, O), n actions in each state (n, B, A) -> Q values (n, B)."""
-        return self.net(torch.cat([obs.expand(len(actions), *obs.shape), actions], -1))[..., 0]
+        """obs (B, O), actions (B, A) -> Q values (B,)."""
+        return self.net(torch.cat([obs, actions], -1))[:, 0]
 
 
 class ContinuousBRAC(nn.Module):
-    """BRAC-v as in the authors' code: twin critics, a Gaussian model of the dataset's policy, and the KL divergence
-    from it estimated by one action of the policy.
+    """BRAC-v with twin critics, a Gaussian model of the dataset's policy, and the KL divergence from it estimated by
+    four actions of the policy, as in BRAC's own code. In the first `warm_up` of the steps the policy ignores Q: it
+    comes to the model, which is still being fitted, before it leaves.
 
-    Its protocol is DiscreteBRAC's. Read of `args`: lr, discount, beta, polyak."""
+    Its protocol is DiscreteBRAC's. Read of `args`: lr, steps, discount, beta, polyak, kl_samples, warm_up."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.args = args
-        self.behaviour = mlp(obs_dim, 2 * action_dim, hidden=(256, 256))
+        self.behaviour = Actor(obs_dim, action_dim)
         self.actor = Actor(obs_dim, action_dim)
         self.qf = nn.ModuleList([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)])
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))  # updates so far; CUDA graphs need a tensor
         self.behaviour_optimizer = adamw(self.behaviour.parameters(), args.lr)
         self.actor_optimizer = adamw(self.actor.parameters(), args.lr)
         self.qf_optimizer = adamw(self.qf.parameters(), args.lr)
 
-    def behaviour_log_prob(self, obs, actions):
-        """Log density of actions (..., B, A) in obs (B, O) under an unsquashed Gaussian."""
-        mean, log_std = self.behaviour(obs).chunk(2, -1)
-        log_std = (log_std - 1).clamp(-20, 2)  # starts at a narrow e^-1, as in the authors' code
-        z = (actions - mean) / log_std.exp()
-        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    def behaviour_loss(self, batch):
+        """Maximum likelihood of the dataset's actions. tanh never reaches 1, so they are clipped a little inside."""
+        x = batch.actions.clamp(-0.999, 0.999).atanh()
+        behaviour_loss = -self.behaviour.log_prob(batch.obs, x).mean()
+        return behaviour_loss, {"behaviour_loss": behaviour_loss}
 
     def sample(self, obs):
-        """One action of the policy in each state (1, B, A), and log pi - log p of it (B,), whose mean is the KL."""
-        actions, log_prob = self.actor.sample(obs, 1)
-        return actions, (log_prob - self.behaviour_log_prob(obs, actions))[0]
+        """An action of the policy in each state (B, A), and the mean of log pi - log p over several (B,): the KL."""
+        x = self.actor.sample(obs, self.args.kl_samples)
+        return x[0].tanh(), (self.actor.log_prob(obs, x) - self.behaviour.log_prob(obs, x)).mean(0)
 
     def qf_loss(self, batch):
         with torch.no_grad():
             next_actions, kl = self.sample(batch.next_obs)
-            q1, q2 = (qf(batch.next_obs, next_actions)[0] for qf in self.qf_target)  # (B,) each
-            next_v = torch.minimum(q1, q2) - self.args.beta * kl
+            next_v = torch.minimum(*(qf(batch.next_obs, next_actions) for qf in self.qf_target)) - self.args.beta * kl
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_v
-        q_data = torch.cat([qf(batch.obs, batch.actions[None]) for qf in self.qf])  # (2, B)
+        q_data = torch.stack([qf(batch.obs, batch.actions) for qf in self.qf])  # (2, B)
         qf_loss = (q_data - td_target).square().mean(1).sum()
         return qf_loss, {"qf_loss": qf_loss, "q_data": q_data.mean()}
 
     def actor_loss(self, batch):
         actions, kl = self.sample(batch.obs)
-        q1, q2 = (qf(batch.obs, actions)[0] for qf in self.qf)  # (B,) each
-        actor_loss = (self.args.beta * kl - torch.minimum(q1, q2)).mean()
+        q = torch.minimum(*(qf(batch.obs, actions) for qf in self.qf))
+        guided = (self.step > self.args.warm_up * self.args.steps).float()
+        actor_loss = (self.args.beta * kl - guided * q).mean()
         return actor_loss, {"actor_loss": actor_loss}
 
     def update(self, batch):
-        """One gradient step of each network (the authors fit the behaviour model first); then the targets follow.
-        Returns what to log."""
-        behaviour_loss = -self.behaviour_log_prob(batch.obs, batch.actions).mean()
-        info = minimize(behaviour_loss, {"behaviour_loss": behaviour_loss}, self.behaviour_optimizer)
+        """One gradient step of each network; then the targets follow. Returns what to log."""
+        self.step += 1
+        info = minimize(*self.behaviour_loss(batch), self.behaviour_optimizer)
         info |= minimize(*self.qf_loss(batch), self.qf_optimizer)
         info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
         polyak_update(self.qf_target, self.qf, self.args.polyak)
@@ -284,7 +286,7 @@ class ContinuousBRAC(nn.Module):
     @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> actions (B, A): the policy's mode."""
-        return self.actor.mode(obs)
+        return self.actor.distribution(obs)[0].tanh()
 
     @torch.no_grad()
     def diagnose(self, batch):

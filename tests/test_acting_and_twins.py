@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from test_closed_forms import random_batch
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import saq_bc
 import saq_brac
@@ -72,19 +73,44 @@ def two_critics(qf, target):
 
 
 def test_brac_twin_by_hand():
-    brac = ContinuousBRAC(3, 2, dataclasses.replace(saq_brac.Args(), beta=3.0, discount=0.5, lr=0.0))
+    args = dataclasses.replace(saq_brac.Args(), beta=3.0, discount=0.5, lr=0.0, steps=10, warm_up=0.2)
+    brac = ContinuousBRAC(3, 2, args)
     two_critics([qf.net for qf in brac.qf], [qf.net for qf in brac.qf_target])
-    brac.sample = lambda obs: (torch.zeros(1, len(obs), 2), torch.full((len(obs),), 0.5))  # a KL of 1/2
+    brac.sample = lambda obs: (torch.zeros(len(obs), 2), torch.full((len(obs),), 0.5))  # a KL of 1/2
     goes_on, ends = 1 + 0.5 * (3 - 3 * 0.5), 1.0
     expected = sum(((q - goes_on) ** 2 + (q - ends) ** 2) / 2 for q in (1.0, 0.0))
     assert brac.qf_loss(batch_of_ends())[0].item() == pytest.approx(expected)
-    assert brac.actor_loss(batch_of_ends())[0].item() == pytest.approx(3 * 0.5 - 0)
+    for qf in brac.qf:
+        constant(qf.net, 7.0)
+    for step in range(1, 5):  # Q counts after the first two of ten steps
+        brac.step.fill_(step)
+        assert brac.actor_loss(batch_of_ends())[0].item() == pytest.approx(3 * 0.5 - (7 if step > 2 else 0))
+    two_critics([qf.net for qf in brac.qf], [qf.net for qf in brac.qf_target])
     del brac.sample
     brac.update(batch_of_ends())  # at a learning rate of 0 only the targets move
     targets = [qf.net[-1].bias.item() for qf in brac.qf_target]
     assert targets == pytest.approx([4 - 0.005 * 3, 3 - 0.005 * 3])
     constant(brac.actor.net, [0.5, -1.0, 0.0, 0.0])
     torch.testing.assert_close(brac.act(torch.randn(2, 3)), torch.tensor([0.5, -1.0]).tanh().expand(2, 2))
+
+
+def test_brac_twin_estimates_the_divergence_of_two_gaussians():
+    """Of the squashed ones, which is that of the Gaussians before tanh: known in closed form."""
+    brac = ContinuousBRAC(3, 2, dataclasses.replace(saq_brac.Args(), kl_samples=20_000))
+    constant(brac.actor.net, [0.5, -1.0, 0.3, 0.8])
+    constant(brac.behaviour.net, [0.2, -0.7, 1.0, 0.5])
+    policy = Normal(torch.tensor([0.5, -1.0]), torch.tensor([0.3 - 1, 0.8 - 1]).exp())
+    model = Normal(torch.tensor([0.2, -0.7]), torch.tensor([1.0 - 1, 0.5 - 1]).exp())
+    squashed = [TransformedDistribution(gaussian, TanhTransform(cache_size=1)) for gaussian in (policy, model)]
+    actions = squashed[0].sample((20_000,))
+    by_density = (squashed[0].log_prob(actions) - squashed[1].log_prob(actions)).sum(-1).mean()
+    expected = kl_divergence(policy, model).sum().item()
+    assert by_density.item() == pytest.approx(expected, abs=0.03)
+    actions, kl = brac.sample(torch.randn(4, 3))
+    assert actions.shape == (4, 2)
+    assert kl.tolist() == pytest.approx([expected] * 4, abs=0.03)
+    edge = random_batch()._replace(actions=torch.ones(64, 2))
+    assert brac.behaviour_loss(edge)[0].isfinite()
 
 
 def test_iql_twin_by_hand():
