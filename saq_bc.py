@@ -368,7 +368,7 @@ class Run:
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
         versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
-        self.how_to_go_on = f"go on with: python {SCRIPT}.py --resume {str(self.folder)!r}"
+        self.how_to_go_on = f"go on with: python {sys.argv[0]} --resume {str(self.folder)!r}"
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
             signal.signal(number, self.interrupt)
 
