@@ -159,8 +159,10 @@ def network(in_dim, out_dim, layers, layer_norm, bound):
     that outputs begin near 0 (the authors'; the rest is PyTorch's default, with biases of 0.1)."""
     modules = []
     for fan_in in [in_dim, *[256] * (layers - 1)]:
-        modules += [Linear(fan_in, 256), nn.ReLU(), *([nn.LayerNorm(256)] if layer_norm else [])]
-        nn.init.constant_(modules[-3 if layer_norm else -2].bias, 0.1)
+        layer = Linear(fan_in, 256)
+        layer.between = fan_in == 256  # two hidden layers: in bfloat16, where it is asked for
+        nn.init.constant_(layer.bias, 0.1)
+        modules += [layer, nn.ReLU()] + ([nn.LayerNorm(256)] if layer_norm else [])
     last = Linear(256, out_dim)
     nn.init.uniform_(last.weight, -bound, bound)
     nn.init.uniform_(last.bias, -bound, bound)

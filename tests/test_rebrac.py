@@ -1,0 +1,163 @@
+"""baselines/rebrac.py against the formulas of its papers, written again, and against answers that are known."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_closed_forms import random_batch
+
+from baselines.rebrac import Args, ReBRAC, Steps, make_agents, with_next_actions
+from vqvae import Transitions
+
+
+def steps(size=64):
+    """Random Steps; every third is terminal."""
+    batch = random_batch(size=size)
+    return Steps(*batch[:4], (torch.arange(size) % 3 == 0).float(), torch.rand(size, 2) * 2 - 1)
+
+
+def agents(**fields):
+    return make_agents(3, 2, dataclasses.replace(Args(), **fields))
+
+
+def forward(network, x, layer_norm):
+    """A network's output by hand: Dense -> ReLU -> LayerNorm, and a last Dense."""
+    layers = [layer for layer in network if hasattr(layer, "weight")]
+    dense = [layer for layer in layers if layer.weight.ndim == 2]
+    norms = [layer for layer in layers if layer.weight.ndim == 1]
+    assert len(norms) == (len(dense) - 1 if layer_norm else 0)
+    for i, layer in enumerate(dense[:-1]):
+        x = (x @ layer.weight.T + layer.bias).clamp(min=0)
+        if layer_norm:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            x = x * norms[i].weight + norms[i].bias
+    return x @ dense[-1].weight.T + dense[-1].bias
+
+
+@pytest.mark.parametrize("name", ["rebrac", "td3_bc"])
+def test_losses_and_gradients_are_those_of_the_papers(name):
+    agent = agents(actor_beta=0.3, critic_beta=0.2, alpha=2.5)[name].double()
+    for parameter in agent.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    batch = Steps(*(column.double() for column in steps()))
+    rebrac = name == "rebrac"
+    beta_1, beta_2 = (0.3, 0.2) if rebrac else (1 / (2.5 * 2), 0.0)
+    noise = 0.1 * torch.randn(64, 2).double()
+
+    def q(critic, obs, actions):
+        return forward(critic, torch.cat([obs, actions], 1), rebrac)[:, 0]
+
+    with torch.no_grad():
+        next_actions = (forward(agent.actor_target, batch.next_obs, False).tanh() + noise).clamp(-1, 1)
+        next_q = torch.minimum(*(q(critic, batch.next_obs, next_actions) for critic in agent.qf_target))
+        next_q = next_q - beta_2 * ((next_actions - batch.next_actions) ** 2).sum(1)
+        y = batch.rewards + 0.99 * (1 - batch.terminals) * next_q
+    torch.testing.assert_close(agent.td_target(batch, noise), y)
+
+    agent.td_target = lambda batch, noise: y
+    expected = sum(((q(critic, batch.obs, batch.actions) - y) ** 2).mean() for critic in agent.qf)
+    compare(agent.qf_loss(batch)[0], expected, agent.qf)
+
+    actions = forward(agent.actor, batch.obs, False).tanh()
+    values = torch.stack([q(critic, batch.obs, actions) for critic in agent.qf])
+    guide = values.amin(0) if rebrac else values[0]
+    if rebrac:  # a sum over the action's dimensions
+        expected = (0.3 * ((actions - batch.actions) ** 2).sum(1) - guide / guide.abs().mean().detach()).mean()
+    else:  # the official form: alpha / mean|Q| before Q, and the mean over batch and dimensions
+        expected = -2.5 / guide.abs().mean().detach() * guide.mean() + F.mse_loss(actions, batch.actions)
+        expected = expected / 2.5
+    compare(agent.actor_loss(batch)[0], expected, agent.actor)
+    assert agent.beta_1 == pytest.approx(beta_1)
+
+
+def compare(ours, expected, network):
+    """The same loss, and the same gradient for each weight of a network."""
+    torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-6)
+    gradients = [torch.autograd.grad(loss, list(network.parameters())) for loss in (ours, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+
+
+def test_policy_and_targets_move_in_every_second_update():
+    """The policy's target moves toward the policy of before the update; the critics' toward those of after it."""
+    agent, batch = agents()["rebrac"], steps()
+    for step in range(1, 5):
+        before = copy.deepcopy(agent)
+        agent.update(batch)
+        moved = {
+            name.split(".")[0]
+            for name, parameter in agent.named_parameters()
+            if not torch.equal(parameter, dict(before.named_parameters())[name])
+        }
+        assert moved == ({"qf", "actor", "actor_target", "qf_target"} if step % 2 == 0 else {"qf"})
+        if step % 2 == 0:
+            for target, old, policy in zip(
+                agent.actor_target.parameters(),
+                before.actor_target.parameters(),
+                before.actor.parameters(),
+                strict=True,
+            ):
+                torch.testing.assert_close(target, old + 0.005 * (policy - old))
+            for target, old, critic in zip(
+                agent.qf_target.parameters(), before.qf_target.parameters(), agent.qf.parameters(), strict=True
+            ):
+                torch.testing.assert_close(target, old + 0.005 * (critic - old))
+
+
+def test_skipped_updates_leave_no_trace_in_adam():
+    """Two updates are for the policy what one would be."""
+    agent, batch = agents()["rebrac"], steps()
+    other = copy.deepcopy(agent)
+    agent.update(batch)
+    agent.update(batch)
+    state = agent.actor_optimizer.state_dict()["state"]
+    assert {value["step"].item() for value in state.values()} == {1}
+    assert len(state) == len(list(other.actor.parameters()))
+
+
+def test_next_actions_are_the_datasets():
+    """Episodes of rows 0-2 (a terminal), 3-4 (a time limit, its last row left out by the loader) and 6-7."""
+    obs = torch.arange(8.0)[:, None]
+    next_obs = obs + 1
+    terminals = torch.tensor([0.0, 0, 1, 0, 0, 0, 0, 1])
+    rows = torch.tensor([0, 1, 2, 3, 4, 6, 7])
+    actions = torch.arange(8.0)[:, None] / 10
+    columns = (obs, actions, torch.zeros(8), next_obs, terminals, torch.zeros(8).long())
+    data = with_next_actions(Transitions(*(column[rows] for column in columns)))
+    assert data.obs[:, 0].tolist() == [0, 1, 2, 3, 6, 7]  # 4 led to 5, whose action is unknown
+    assert data.next_actions[[0, 1, 3, 4], 0].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.7])
+    sample = data.sample(100)
+    assert isinstance(sample, Steps)
+    known = sample.terminals == 0
+    torch.testing.assert_close(sample.next_actions[known, 0], sample.obs[known, 0] / 10 + 0.1)
+
+
+@pytest.mark.parametrize("name", ["rebrac", "td3_bc"])
+def test_between_two_good_actions_a_strong_penalty_ends_in_the_middle(name):
+    """That is what a squared distance says: 0 is the nearest to half of the data at -1 and half at 1."""
+    obs = torch.zeros(256, 1)
+    actions = torch.where(torch.arange(256) % 2 == 0, -1.0, 1.0)[:, None]
+    batch = Steps(obs, actions, torch.ones(256), obs, torch.ones(256), actions)
+    args = dataclasses.replace(Args(), actor_beta=10.0, alpha=0.1, lr=1e-3)
+    agent = make_agents(1, 1, args)[name]
+    for _ in range(400):
+        agent.update(batch)
+    assert agent.act(obs[:1]).abs().item() < 0.1
+    assert agent.diagnose(batch)["distance"].item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_policy_leaves_the_data_where_q_is_higher():
+    """A bandit that pays a: data in [-0.5, 0.5], a policy that is hardly held ends above them."""
+    obs = torch.zeros(256, 1)
+    actions = torch.linspace(-0.5, 0.5, 256)[:, None]
+    batch = Steps(obs, actions, actions[:, 0] + 2, obs, torch.ones(256), actions)
+    ends = {}
+    for beta in (0.01, 100.0):
+        agent = ReBRAC(1, 1, dataclasses.replace(Args(), lr=1e-3), beta, 0.0, 2, False, True)
+        for _ in range(600):
+            agent.update(batch)
+        ends[beta] = agent.act(obs[:1]).item()
+    assert ends[0.01] > 0.7
+    assert abs(ends[100.0]) < 0.1
