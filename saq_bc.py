@@ -95,7 +95,8 @@ class Args:
 # Fields by the first letters of a task's name; a flag wins. The paper prints no hyperparameters, and cloning has few.
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
-    "hopper- halfcheetah- walker2d- ant- kitchen- maze2d- pen- door- hammer- relocate-": dict(),
+    "hopper- halfcheetah- walker2d- ant-": dict(act="mean"),
+    "kitchen- maze2d- pen- door- hammer- relocate-": dict(),
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
@@ -457,7 +458,7 @@ def learn(agent, data, args, start):
     optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):
         for optimizer in optimizers if args.decay else ():
-            decay_lr(optimizer, args.lr, step, args.steps)
+            decay_lr(optimizer, step, args.steps)
         yield step, update()
 
 

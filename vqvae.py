@@ -57,11 +57,11 @@ class Quantizer(nn.Module):
     adds `forward` (the loss), `encode`, `decode`, `candidates` (what all codes stand for) and `prior_logits`.
 
     obs_dim: O. num_codes: K. action_only: the paper's ablation (Table 3), in which every network sees zeros in place of
-    the state. lr: learning rate of Adam."""
+    the state."""
 
-    def __init__(self, obs_dim, num_codes, action_only, lr):
+    def __init__(self, obs_dim, num_codes, action_only):
         super().__init__()
-        self.num_codes, self.action_only, self.lr = num_codes, action_only, lr
+        self.num_codes, self.action_only = num_codes, action_only
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
 
@@ -117,7 +117,7 @@ class ActionVQVAE(Quantizer):
     """
 
     def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, code_dim=128, hidden=(512, 512)):
-        super().__init__(obs_dim, num_codes, action_only, lr)
+        super().__init__(obs_dim, num_codes, action_only)
         self.encoder = mlp(obs_dim + action_dim, code_dim, hidden)
         self.decoder = mlp(obs_dim + code_dim, action_dim, hidden)
         self.prior = mlp(obs_dim, num_codes, hidden)
@@ -208,7 +208,7 @@ class Mixture(Quantizer):
     hard: the largest term in place of the sum, which leaves noise to sigma and keeps fewer codes in use."""
 
     def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, hidden=(512, 512), hard=False):
-        super().__init__(obs_dim, num_codes, action_only, lr)
+        super().__init__(obs_dim, num_codes, action_only)
         self.hard = hard
         self.net = mlp(obs_dim, num_codes * (1 + action_dim), hidden)
         with torch.no_grad():  # candidates that began at the same action would stay together
@@ -275,7 +275,7 @@ class Aquadem(Mixture):
     Beside it a prior over the codes is learned, as by ActionVQVAE: a by-product that passes no gradient to the rest."""
 
     def __init__(self, obs_dim, action_dim, num_codes=10, action_only=False, lr=3e-4, hidden=256, temperature=1e-3):
-        Quantizer.__init__(self, obs_dim, num_codes, action_only, lr)
+        Quantizer.__init__(self, obs_dim, num_codes, action_only)
         self.temperature = temperature
         self.torso, self.heads = Linear(obs_dim, hidden), Linear(hidden, num_codes * hidden)
         self.weight = nn.Parameter(torch.empty(num_codes, hidden, action_dim).uniform_(-1, 1) * hidden**-0.5)
@@ -339,7 +339,7 @@ def fit(
     update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile, steps)
     for step in range(start + 1, steps + 1):
         if decay:
-            decay_lr(vqvae.optimizer, vqvae.lr, step, steps)
+            decay_lr(vqvae.optimizer, step, steps)
         info = update()
         if revive_every and step % revive_every == 0 and step <= 0.9 * steps and isinstance(vqvae, ActionVQVAE):
             revive_dead_codes(vqvae, *sample(4096))
@@ -471,8 +471,10 @@ def adamw(parameters, lr, weight_decay=0.0):
     """AdamW (without weight decay: Adam) in its fused form. Its learning rate is a tensor, so that a captured CUDA
     graph sees it change; `capturable` lets that graph hold the step, and changes nothing elsewhere."""
     parameters = list(parameters)
-    lr = torch.tensor(lr, device=parameters[0].device)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=True)
+    rate = torch.tensor(lr, device=parameters[0].device)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=True)
+    optimizer.initial_lr = lr  # for `decay_lr`
+    return optimizer
 
 
 def minimize(loss, info, *optimizers):
@@ -494,11 +496,11 @@ def apply_gradients(*optimizers):
         optimizer.zero_grad()
 
 
-def decay_lr(optimizer, lr, step, steps):
-    """Sets the learning rate of step `step`, a number or a tensor, on a cosine from `lr` to 0."""
+def decay_lr(optimizer, step, steps):
+    """Sets the learning rate of step `step`, a number or a tensor, on a cosine from the one it was made with to 0."""
     step = torch.as_tensor(step, dtype=torch.float64)
     for group in optimizer.param_groups:
-        group["lr"].copy_(lr * (1 + torch.cos(math.pi * step / steps)) / 2)
+        group["lr"].copy_(optimizer.initial_lr * (1 + torch.cos(math.pi * step / steps)) / 2)
 
 
 @torch.no_grad()
@@ -755,7 +757,7 @@ def tracker(folder, config):
 
 LIMITS = {  # what a number must at least be, and at most; of all scripts
     "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "target_every cql_samples kl_samples layers width flow_steps candidates": (1, 1e9),
+    "target_every cql_samples layers width flow_steps candidates": (1, 1e9),
     "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha actor_beta critic_beta noise": (0, 1e9),
     "discount polyak average support warm_up": (0, 1),
     "expectile": (0.001, 0.999),

@@ -442,7 +442,7 @@ def learn(agent, data, args, start):
     optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):
         for optimizer in optimizers if args.decay else ():
-            decay_lr(optimizer, args.lr, step, args.steps)
+            decay_lr(optimizer, step, args.steps)
         yield step, update()
 
 
@@ -501,7 +501,7 @@ def main():
 
     torch.manual_seed(args.seed)
     with device:  # what is made in here lies on it
-        units = Quantizer(obs_dim, 0, False, args.lr)  # no codes: it keeps the units of observations
+        units = Quantizer(obs_dim, 0, False)  # no codes: it keeps the units of observations
         agents = make_agents(obs_dim, action_dim, args)
     if args.normalize_obs:
         units.set_units(data.obs)
