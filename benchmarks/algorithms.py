@@ -57,6 +57,8 @@ SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
 class Options:
     data: Path | None = None  # folder with the datasets; without it, only the embedded demonstrations
     seeds: int = 3  # seeds 0, 1, ... of every run
+    tasks: tuple[str, ...] = tuple(TASKS)  # of these tasks
+    quantizers: tuple[str, ...] = tuple(QUANTIZERS)  # over these quantizers; the twins run beside vqvae
     workers: int = os.cpu_count() or 1  # runs at the same time, one thread each
     table: Path = ROOT / "benchmarks" / "results" / "algorithms.csv"  # where results are gathered
     fits: Path = ROOT / "runs" / "fits"  # where fitted quantizers are kept, a run folder each
@@ -130,7 +132,7 @@ def show(table):
     seed, its standard error."""
     scores = {}
     for row in read(table):
-        key = row["task"], (row["agent"], row["quantizer"])
+        key = row["task"], (row["agent"], row.get("quantizer", "vqvae" if row["agent"] in SCRIPTS else ""))
         scores.setdefault(key, []).append(float(row["last_5_mean"]))
     agents = [(script, kind) for kind, scripts in QUANTIZERS.items() for script in scripts]
     agents += [(twin, "") for twins in SCRIPTS.values() for twin in twins[1:]]
@@ -142,7 +144,8 @@ def show(table):
             values = scores.get((task, agent), [])
             error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{error}" if values else "")
-        print(f"| {', '.join(word for word in agent if word)} | " + " | ".join(cells) + " |")
+        if any(cells):
+            print(f"| {', '.join(word for word in agent if word)} | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -159,9 +162,9 @@ def main():
         jobs = [
             (task, quantizer, seed, done, options)
             for seed in range(options.seeds)
-            for quantizer in QUANTIZERS
-            for task, (file, _) in TASKS.items()
-            if file is None or options.data
+            for quantizer in options.quantizers
+            for task in options.tasks
+            if TASKS[task][0] is None or options.data
         ]
         with ThreadPoolExecutor(options.workers) as pool:
             succeeded = list(pool.map(lambda job: run_all(*job), jobs))

@@ -112,39 +112,53 @@ def save(path):
 
 
 def test_the_table_of_algorithms(tmp_path):
-    """Gathers every agent of every script once, and runs nothing a second time."""
-    command = ["--seeds", 1, "--table", tmp_path / "t.csv", f"--flags={TINY}"]
+    """Gathers every agent once, fits a quantizer once for all scripts, and runs nothing a second time."""
+    table, fits = tmp_path / "t.csv", tmp_path / "fits"
+    command = ["--seeds", 1, "--fits", fits, "--table", table, "--quantizers", "vqvae", "aquadem", f"--flags={TINY}"]
     first = run_script(*command, script="benchmarks/algorithms.py")
     assert first.returncode == 0, first.stderr
-    written = (tmp_path / "t.csv").read_text()
-    agents = [line.split(",")[1] for line in written.splitlines()[1:]]
-    assert sorted(agents) == ["bc", "brac", "cql", "gaussian_bc", "iql", "saq_bc", "saq_brac", "saq_cql", "saq_iql"]
+    written = table.read_text()
+    agents = [tuple(line.split(",")[1:3]) for line in written.splitlines()[1:]]
+    over = {"vqvae": ["saq_bc", "saq_brac", "saq_cql", "saq_iql"], "aquadem": ["saq_bc", "saq_cql", "saq_iql"]}
+    twins = ["bc", "bc_gmm", "brac", "cql", "gaussian_bc", "iql"]
+    expected = [(agent, kind) for kind, agents in over.items() for agent in agents] + [(twin, "") for twin in twins]
+    assert sorted(agents) == sorted(expected)
+    assert {folder.name for folder in fits.iterdir()} == {f"maze2d-large-demos-v1-{kind}-0" for kind in over}
     other = run_script(*command[:-1], f"--flags={TINY} --steps 0", script="benchmarks/algorithms.py")
     assert other.returncode == 2
     assert "is of other commands: pass another --table" in other.stderr
-    command_that_fails = ["--seeds", 1, "--table", tmp_path / "u.csv", f"--flags={TINY} --steps 0"]
-    failed = run_script(*command_that_fails, script="benchmarks/algorithms.py")
+    fails = [*command[:5], tmp_path / "u.csv", "--quantizers", "mixture", f"--flags={TINY} --steps 0"]
+    failed = run_script(*fails, script="benchmarks/algorithms.py")
     assert failed.returncode == 1
     assert "steps must be a number between" in failed.stdout
     second = run_script(*command, script="benchmarks/algorithms.py")
-    assert (tmp_path / "t.csv").read_text() == written
-    row = second.stdout.splitlines()[-1]
-    assert row.startswith("| maze2d-large-demos-v1 | ")
-    assert all(cell.strip() for cell in row.split("|")[1:-1])
+    assert table.read_text() == written
+    rows = second.stdout.splitlines()
+    assert rows[0] == "| agent | maze2d-large-demos-v1 |"
+    assert {row.split(" | ")[0] for row in rows[2:]} == {f"| {', '.join(filter(None, agent))}" for agent in expected}
 
 
 def test_means_and_standard_errors(tmp_path):
-    rows = [f"hopper-medium-v2,saq_iql,{seed},{seed + 1},0,0,x" for seed in range(3)]  # 1, 2, 3: 2 +- 1 / sqrt(3)
-    (tmp_path / "t.csv").write_text("task,agent,seed,last_5_mean,last_5_std,final,command\n" + "\n".join(rows))
+    rows = [
+        f"hopper-medium-v2,saq_iql,mixture,{seed},{seed + 1},0,0,x" for seed in range(3)
+    ]  # 1, 2, 3: 2 +- 1 / sqrt(3)
+    (tmp_path / "t.csv").write_text(
+        "task,agent,quantizer,seed,last_5_mean,last_5_std,final,command\n" + "\n".join(rows)
+    )
     process = run_script("--show", "--table", tmp_path / "t.csv", script="benchmarks/algorithms.py")
-    assert process.stdout.splitlines()[2:] == ["| hopper-medium-v2 |  |  | 2.0 ± 0.6 |  |  |  |  |  |  |"]
+    assert process.stdout.splitlines() == [
+        "| agent | hopper-medium-v2 |",
+        "|---|---|",
+        "| saq_iql, mixture | 2.0 ± 0.6 |",
+    ]
 
 
 def test_the_readmes_table_is_whole():
     """Three seeds of every agent on every task."""
     module = runpy.run_path(str(ROOT / "benchmarks/algorithms.py"))
     runs = sorted((row["task"], row["agent"], int(row["seed"])) for row in module["read"](RESULTS / TABLE))
-    assert runs == sorted(itertools.product(module["TASKS"], module["AGENTS"], range(3)))
+    agents = [agent for agents in module["SCRIPTS"].values() for agent in agents if agent != "bc_gmm"]
+    assert runs == sorted(itertools.product(module["TASKS"], agents, range(3)))
 
 
 def test_the_committed_table_is_the_readmes():

@@ -1,0 +1,130 @@
+"""The scripts in baselines/ as programs: runs, copies, resuming, bad input; and their agents in a loop of one's own."""
+
+import inspect
+import json
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, only_run, run_forked, succeeded, write
+from forked import Forked
+
+from baselines import fql, rebrac
+from vqvae import Transitions
+
+MODULES = {"rebrac": rebrac, "fql": fql}
+AGENTS = {"rebrac": ["rebrac", "td3_bc"], "fql": ["fql", "ifql"]}
+SHORT = ["--env", "tiny_envs:Tiny-v0", "--eval-episodes", 1, "--final-episodes", 2, "--batch-size", 16]
+SHORT += ["--steps", 40, "--eval-every", 20, "--log-every", 10]
+NAMES = [(script, name) for script in AGENTS for name in AGENTS[script]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(script): the folder of a short run with both agents, and its process."""
+    folder = tmp_path_factory.mktemp("baselines")
+    data = write(folder / "tiny.npz", dataset(n=60, episode=5))
+    made = {}
+
+    def run(script):
+        if script not in made:
+            process = succeeded(
+                run_forked("--out", folder / script, "--dataset-path", data, *SHORT, script=f"baselines/{script}.py")
+            )
+            made[script] = (only_run(folder / script), process)
+        return made[script]
+
+    run.data = data
+    return run
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_run_ends_in_a_table_and_a_picture(finished, script):
+    folder, process = finished(script)
+    result = json.loads((folder / "result.json").read_text())
+    table = process.stdout.split("return\n")[1].splitlines()[:2]
+    assert [line.split()[0] for line in table] == AGENTS[script]
+    assert all(len(result[agent]["last_5_scores"]) == 2 for agent in AGENTS[script])
+    assert (folder / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / f"{script}.py").read_text() == (ROOT / "baselines" / f"{script}.py").read_text()
+    assert not (folder / "codes.png").exists()
+
+
+@pytest.mark.parametrize(("script", "update"), [("rebrac", 75), ("rebrac", 170), ("fql", 70), ("fql", 190)])
+def test_killed_and_resumed_is_bit_for_bit_the_same(finished, script, update, tmp_path):
+    """In the training of the first agent, and of the second; every gradient step of an optimizer counts."""
+    whole, _ = finished(script)
+    process = Forked(
+        *("--out", tmp_path, "--dataset-path", finished.data, *SHORT),
+        script=f"baselines/{script}.py",
+        before=("signal_in_update", signal.SIGKILL, update),
+    )
+    assert process.wait().returncode == -signal.SIGKILL
+    folder = only_run(tmp_path)
+    assert checkpoint(folder)["done"] != checkpoint(whole)["done"]
+    succeeded(run_forked("--resume", folder, script=f"baselines/{script}.py"))
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_evaluation_of_a_finished_run(finished, script):
+    folder, _ = finished(script)
+    process = succeeded(run_forked("--eval-only", folder, "--eval-episodes", 2, script=f"baselines/{script}.py"))
+    assert all(f"\n{agent} " in process.stdout for agent in AGENTS[script])
+    one_sentence(run_forked("--eval-only", folder, "--lr", 1, script=f"baselines/{script}.py"))
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_a_copy_beside_vqvae_trains_on_a_users_own_data(script, tmp_path):
+    for file in (ROOT / "baselines" / f"{script}.py", ROOT / "vqvae.py"):
+        shutil.copy(file, tmp_path)
+    arrays = dataset()
+    arrays["actions"] *= 2  # Pendulum's torque lies in [-2, 2]
+    write(tmp_path / "mine.npz", arrays)
+    flags = ["--env", "Pendulum-v1", "--dataset-path", "mine.npz", "--no-compare", *SHORT[2:]]
+    process = succeeded(run_forked(*flags, cwd=tmp_path, script=f"{script}.py"))
+    assert "396 transitions, 4 episodes" in process.stdout
+    result = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())
+    assert set(AGENTS[script]) & set(result) == {AGENTS[script][0]}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("rebrac", ["--dataset-path", "nowhere.npz"]),
+        ("rebrac", ["--actor-beta", -1]),
+        ("rebrac", ["--layers", 0]),
+        ("fql", ["--candidates", 0]),
+        ("fql", ["--flow-steps", 0]),
+        ("fql", ["--expectile", 1]),
+    ],
+)
+def test_bad_input_is_one_sentence(finished, script, flags, tmp_path):
+    words = ["--out", tmp_path / "out", "--dataset-path", finished.data, *SHORT, *flags]
+    one_sentence(run_forked(*words, script=f"baselines/{script}.py"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("script", "name"), NAMES)
+def test_agents_in_a_loop_of_ones_own(script, name):
+    """Update and act are all there is; infos hold no graph; docstrings name what is read of the arguments."""
+    module = MODULES[script]
+    agent = module.make_agents(3, 2, module.Args())[name]
+    obs = torch.randn(32, 3)
+    columns = [obs, torch.rand(32, 2) * 2 - 1, torch.rand(32), obs + 1, torch.zeros(32), torch.zeros(32).long()]
+    batch = Transitions(*columns)
+    batch = module.Steps(*columns[:5], columns[1]) if script == "rebrac" else batch
+    for _ in range(2):
+        info = agent.update(batch)
+    assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values())
+    actions = agent.act(obs)
+    assert actions.shape == (32, 2)
+    assert actions.abs().max() <= 1
+    assert not any(value.requires_grad for value in agent.diagnose(batch).values())
+    source = inspect.getsource(type(agent))
+    if script == "fql":  # its networks and its flow read them
+        source += inspect.getsource(fql.network) + inspect.getsource(fql.Flow)
+    (named,) = re.findall(r"Read of `args`: ([^.]*)\.", type(agent).__doc__)
+    assert set(re.split(r",\s+", named)) == set(re.findall(r"\bargs\.(\w+)", source))
