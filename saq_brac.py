@@ -39,10 +39,9 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; the rest runs it
-from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
-from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
-from vqvae import take_quantizer, tracker, write_file
+from vqvae import QUANTIZERS, adamw, codebook_health, decay_lr, fit, minimize, mlp, plot_codes, polyak_update  # method
+from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, load_task, lock
+from vqvae import one_line, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -89,6 +88,7 @@ class Args:
     support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
     # --- Both BRACs ---
     beta: float = 1.0  # weight of staying near the dataset's policy, in units of Q, in the policy and in the value
+    value_penalty: bool = True  # the value pays too, as BRAC-v's; False: BRAC-p, and if actor_free, AWAC over codes
     polyak: float = 0.005  # rate at which target networks follow
     # --- SAQ-BRAC ---
     alpha: float = 1.0  # weight of the policy's entropy (Eq. 6); at alpha = beta the policy's two terms are -beta KL
@@ -121,7 +121,7 @@ class DiscreteBRAC(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, weight_decay, discount, beta, alpha, polyak, prior_floor,
+    Read of `args`: lr, weight_decay, discount, beta, alpha, value_penalty, polyak, prior_floor,
     literal, actor_free, act, support. Raises UserError for actor_free without an alpha."""
 
     def __init__(self, obs_dim, vqvae, args):
@@ -151,7 +151,8 @@ class DiscreteBRAC(nn.Module):
         q = torch.minimum(*(qf(obs) for qf in self.qf_target))  # (B, K)
         log_pi, log_prior = self.log_policy(obs, q), self.log_prior(obs)
         penalty = -log_prior if self.args.literal else log_pi - log_prior
-        return (log_pi.exp() * (q - self.args.beta * penalty)).sum(1)
+        beta = self.args.beta if self.args.value_penalty else 0.0
+        return (log_pi.exp() * (q - beta * penalty)).sum(1)
 
     def qf_loss(self, batch):
         with torch.no_grad():
@@ -233,7 +234,8 @@ class ContinuousBRAC(nn.Module):
     four actions of the policy, as in BRAC's own code. In the first `warm_up` of the steps the policy is the model, as
     far as that is fitted; it then leaves at a tenth of the critics' rate.
 
-    Its protocol is DiscreteBRAC's. Read of `args`: lr, steps, discount, beta, polyak, warm_up."""
+    Its protocol is DiscreteBRAC's. Read of `args`: lr, steps, discount, beta, value_penalty, polyak,
+    warm_up."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -261,7 +263,8 @@ class ContinuousBRAC(nn.Module):
     def qf_loss(self, batch):
         with torch.no_grad():
             next_actions, kl = self.sample(batch.next_obs)
-            next_v = torch.minimum(*(qf(batch.next_obs, next_actions) for qf in self.qf_target)) - self.args.beta * kl
+            next_v = torch.minimum(*(qf(batch.next_obs, next_actions) for qf in self.qf_target))
+            next_v = next_v - self.args.beta * kl if self.args.value_penalty else next_v
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_v
         q_data = torch.stack([qf(batch.obs, batch.actions) for qf in self.qf])  # (2, B)
         qf_loss = (q_data - td_target).square().mean(1).sum()
@@ -330,7 +333,7 @@ def parse_args():
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
-    check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
+    check_numbers(vars(args), steps=(least, 1e9))
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
     print("settings:", {name: value for name, value in vars(args).items() if value != getattr(Args(), name)})

@@ -39,10 +39,9 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; the rest runs it
-from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
-from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
-from vqvae import take_quantizer, tracker, write_file
+from vqvae import QUANTIZERS, adamw, codebook_health, decay_lr, fit, minimize, mlp, plot_codes, polyak_update  # method
+from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, load_task, lock
+from vqvae import one_line, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -88,7 +87,8 @@ class Args:
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
     # --- SAQ-CQL ---
-    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10
+    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10; 0: QT-Opt
+    penalty: Literal["cql_h", "cql_rho", "v1"] = "cql_h"  # rho: codes weighed by the prior; v1: nothing pushed up
     target_every: int = 200  # steps between two copies of the Q network into its target
     weight_decay: float = 1e-3  # AdamW's weight decay (the official code hands it to Adam as beta1, by mistake)
     average: float = 0.001  # rate of the running average of the Q network that acts; 0: the trained network acts
@@ -121,7 +121,7 @@ class DiscreteCQL(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, weight_decay, alpha, discount, target_every, average, act, support."""
+    Read of `args`: lr, weight_decay, alpha, penalty, discount, target_every, average, act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
@@ -144,8 +144,10 @@ class DiscreteCQL(nn.Module):
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_q
         td_loss = (q_data - td_target).square().mean()
         # The conservative penalty log sum_k exp Q(s, k) - Q(s, k_data). It is the cross-entropy of softmax(Q) with the
-        # data's codes (Eq. 12), so a large alpha turns SAQ-CQL into behavioural cloning.
-        penalty = (q.logsumexp(1) - q_data).mean()
+        # data's codes (Eq. 12), so a large alpha turns SAQ-CQL into behavioural cloning. CQL(rho) has sum_k p(k | s)
+        # exp Q(s, k) under the log: nothing to learn but Q. CQL's first version leaves out Q(s, k_data).
+        rho = self.vqvae.prior_logits(batch.obs).log_softmax(1).detach() if self.args.penalty == "cql_rho" else 0.0
+        penalty = (q + rho).logsumexp(1).mean() - (0.0 if self.args.penalty == "v1" else q_data.mean())
         loss = td_loss + self.args.alpha * penalty
         return loss, {"loss": loss, "td_loss": td_loss, "penalty": penalty, "q_data": q_data.mean()}
 
@@ -332,7 +334,7 @@ def parse_args():
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
-    check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
+    check_numbers(vars(args), steps=(least, 1e9))
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
     print("settings:", {name: value for name, value in vars(args).items() if value != getattr(Args(), name)})

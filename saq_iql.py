@@ -37,10 +37,9 @@ from torch import nn
 from tqdm import tqdm
 
 # isort: off
-from vqvae import QUANTIZERS, adamw, decay_lr, fit, minimize, mlp, polyak_update  # the method; the rest runs it
-from vqvae import LIMITS, UserError, accelerate, check_numbers, check_unchanged, codebook_health, describe_health
-from vqvae import exit_in_words, load_task, lock, one_line, parts_of, plot_codes, prepare, read_checkpoint
-from vqvae import take_quantizer, tracker, write_file
+from vqvae import QUANTIZERS, adamw, codebook_health, decay_lr, fit, minimize, mlp, plot_codes, polyak_update  # method
+from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, load_task, lock
+from vqvae import one_line, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -321,7 +320,7 @@ def parse_args():
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
-    check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
+    check_numbers(vars(args), steps=(least, 1e9))
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
     print("settings:", {name: value for name, value in vars(args).items() if value != getattr(Args(), name)})

@@ -766,10 +766,10 @@ LIMITS = {  # what a number must at least be, and at most; of all scripts
 }
 
 
-def check_numbers(arguments, limits):
+def check_numbers(arguments, **bounds):
     """Raises UserError where one of `arguments`, a dict, is a float that is not finite, or lies outside the bounds that
-    `limits` has for its name: {"names of arguments": (low, high)}, both included."""
-    bounds = {name: pair for names, pair in limits.items() for name in names.split()}
+    `bounds` (low, high), both included, or else LIMITS have for its name."""
+    bounds = {name: pair for names, pair in LIMITS.items() for name in names.split()} | bounds
     for name, value in arguments.items():
         low, high = bounds.get(name, (-math.inf, math.inf))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):

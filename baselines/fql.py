@@ -45,7 +45,7 @@ from tqdm import tqdm
 # isort: off
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # vqvae.py lies there, or beside a copy of this file
 from vqvae import Linear, adamw, decay_lr, minimize, polyak_update  # the method; the rest runs it
-from vqvae import LIMITS, Quantizer, UserError, accelerate, check_numbers, check_unchanged, exit_in_words, load_task
+from vqvae import Quantizer, UserError, accelerate, check_numbers, check_unchanged, exit_in_words, load_task
 from vqvae import lock, one_line, parts_of, prepare, read_checkpoint, tracker, write_file
 
 
@@ -319,7 +319,7 @@ def parse_args():
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
     least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
-    check_numbers(vars(args), LIMITS | {"steps": (least, 1e9)})
+    check_numbers(vars(args), steps=(least, 1e9))
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
     print("settings:", {name: value for name, value in vars(args).items() if value != getattr(Args(), name)})

@@ -111,3 +111,25 @@ def test_behaviour_learns_the_datas_gaussian():
     mean, log_std = brac.behaviour.distribution(torch.ones(1, 3))
     torch.testing.assert_close(mean[0], x.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(log_std[0].exp(), x.std(0), atol=0.02, rtol=0)
+
+
+def test_without_the_value_penalty_the_value_is_the_policys_q():
+    """BRAC-p, of the discrete agent and of its twin; the closed-form policy stays softmax(log p + Q / alpha): AWAC's."""
+    brac, obs = agent(alpha=0.5, beta=0.5, actor_free=True, value_penalty=False), torch.randn(16, 3)
+    q = torch.min(*(qf(obs) for qf in brac.qf_target))
+    policy = (brac.log_prior(obs) + q / 0.5).softmax(1)
+    torch.testing.assert_close(brac.value(obs), (policy * q).sum(1))
+    torch.testing.assert_close(brac.log_policy(obs, q + 3.0), policy.log())  # V(s) cancels
+    loose = agent(alpha=1e6, beta=1e6, actor_free=True, prior_floor=-1000.0)
+    torch.testing.assert_close(
+        loose.log_policy(obs, q).exp(), loose.vqvae.prior_logits(obs).softmax(1), atol=1e-4, rtol=0
+    )
+    batch, losses = random_batch(), []
+    for value_penalty in (True, False):
+        twin = ContinuousBRAC(3, 2, dataclasses.replace(Args(), value_penalty=value_penalty, beta=3.0))
+        twin.sample = lambda obs: (torch.zeros(len(obs), 2), torch.ones(len(obs)))
+        for qf, value in zip((*twin.qf, *twin.qf_target), (0.0, 0.0, 5.0, 5.0), strict=True):
+            qf.net[-1].weight.data.zero_()
+            qf.net[-1].bias.data.fill_(value)
+        losses.append(twin.qf_loss(batch._replace(rewards=torch.zeros(64), terminals=torch.zeros(64)))[0].item())
+    assert losses == pytest.approx([2 * (0.99 * (5 - 3)) ** 2, 2 * (0.99 * 5) ** 2])

@@ -1,0 +1,74 @@
+"""The penalties of saq_cql.py's --penalty, and the sign of the one that safety critics need."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_closed_forms import random_batch
+
+from saq_cql import Args, DiscreteCQL
+from vqvae import ActionVQVAE
+
+
+def agent(**fields):
+    cql = DiscreteCQL(3, ActionVQVAE(3, 2, 8, hidden=(8,)), dataclasses.replace(Args(), **fields))
+    for network in (cql.qf, cql.vqvae.prior):
+        network[-1].weight.data = torch.randn_like(network[-1].weight) * 0.1
+    return cql
+
+
+@pytest.mark.parametrize("kind", ["cql_h", "cql_rho", "v1"])
+def test_penalty_by_hand(kind):
+    cql, batch = agent(penalty=kind), random_batch(size=16)
+    q, p = cql.qf(batch.obs), cql.vqvae.prior(batch.obs).softmax(1)
+    expected = 0.0
+    for i in range(16):
+        weights = p[i] if kind == "cql_rho" else torch.ones(8)
+        expected += (weights * q[i].exp()).sum().log() - (0.0 if kind == "v1" else q[i, batch.codes[i]])
+    torch.testing.assert_close(cql.loss(batch)[1]["penalty"], (expected / 16).detach())
+
+
+def test_cql_rho_does_not_mind_a_q_that_is_the_same_for_all_codes():
+    """Its penalty is 0 there, and its gradient too where data follow the prior: nothing but Q is to be learned."""
+    cql, batch = agent(penalty="cql_rho", alpha=1.0), random_batch(size=20_000)
+    cql.qf[-1].weight.data.zero_()
+    cql.qf[-1].bias.data.fill_(3.7)
+    codes = cql.vqvae.prior(batch.obs).softmax(1).multinomial(1)[:, 0]
+    batch = batch._replace(codes=codes)
+    assert cql.loss(batch)[1]["penalty"].abs() < 1e-5
+    q = cql.qf(batch.obs)
+    rho = cql.vqvae.prior_logits(batch.obs).log_softmax(1).detach()
+    penalty = (q + rho).logsumexp(1).mean() - q.gather(1, codes[:, None]).mean()
+    (gradient,) = torch.autograd.grad(penalty, cql.qf[-1].bias)
+    assert gradient.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["cql_h", "cql_rho", "v1"])
+def test_the_penalty_passes_nothing_to_the_quantizer(kind):
+    cql, batch = agent(penalty=kind), random_batch()
+    before = {name: tensor.clone() for name, tensor in cql.vqvae.state_dict().items()}
+    cql.update(batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cql.vqvae.state_dict().items())
+
+
+def test_without_a_penalty_it_is_q_learning():
+    """alpha = 0, QT-Opt over codes: the loss is the TD error alone."""
+    info = agent(alpha=0.0).loss(random_batch())[1]
+    assert info["loss"] == info["td_loss"]
+
+
+def safety_penalty(q, data):
+    """Conservative safety critics (Bharadhwaj et al., ICLR 2021), exact over codes: Q is the chance of an accident, and
+    it must not be underestimated where there are no data."""
+    return (-q).logsumexp(-1).mean() + q[data].mean()
+
+
+def test_a_safety_critic_needs_the_other_sign():
+    """A gradient step of its penalty raises Q of codes without data and lowers that of the data's; CQL's own does the
+    reverse, and would call unknown codes safe."""
+    for sign, penalty in ((1, safety_penalty), (-1, lambda q, data: q.logsumexp(-1).mean() - q[data].mean())):
+        q = torch.zeros(5, requires_grad=True)
+        penalty(q, [2]).backward()
+        moved = -q.grad * sign
+        assert (moved[[0, 1, 3, 4]] > 0).all()
+        assert moved[2] < 0
