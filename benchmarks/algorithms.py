@@ -45,7 +45,7 @@ TASKS = {
     "hopper-medium-v2": ("hopper_medium-d4rlsim.hdf5", "--vq-steps 10000"),
     "hopper-medium-replay-v2": ("hopper_medium-replay-d4rlsim.hdf5", "--vq-steps 10000"),
     "halfcheetah-medium-replay-v2": ("halfcheetah_medium-replay-d4rlsim.hdf5", "--vq-steps 10000"),
-    "door-human-v0": ("door-human-v0.hdf5", "--vq-steps 10000"),
+    "door-human-v0": ("door-human-v0.hdf5", "--vq-steps 10000 --act greedy"),
 }
 # One budget for all: far below the paper's 500_000 + 1_000_000 steps, so that the table takes hours and not weeks.
 BUDGET = "--steps 10000 --eval-every 1000 --final-episodes 20"

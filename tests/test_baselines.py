@@ -11,14 +11,19 @@ import torch
 from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, only_run, run_forked, succeeded, write
 from forked import Forked
 
-from baselines import fql, rebrac
-from vqvae import Transitions
+from baselines import awac, fql, rebrac
+from vqvae import ActionVQVAE, Transitions
 
-MODULES = {"rebrac": rebrac, "fql": fql}
-AGENTS = {"rebrac": ["rebrac", "td3_bc"], "fql": ["fql", "ifql"]}
+MODULES = {"rebrac": rebrac, "fql": fql, "awac": awac}
+AGENTS = {"rebrac": ["rebrac", "td3_bc"], "fql": ["fql", "ifql"], "awac": ["saq_awac", "awac"]}
 SHORT = ["--env", "tiny_envs:Tiny-v0", "--eval-episodes", 1, "--final-episodes", 2, "--batch-size", 16]
 SHORT += ["--steps", 40, "--eval-every", 20, "--log-every", 10]
+FLAGS = {"awac": ["--vq-steps", 20, "--num-codes", 4]}  # of scripts with a quantizer
 NAMES = [(script, name) for script in AGENTS for name in AGENTS[script]]
+
+
+def flags(out, data, script):
+    return ["--out", out, "--dataset-path", data, *SHORT, *FLAGS.get(script, [])]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +35,7 @@ def finished(tmp_path_factory):
 
     def run(script):
         if script not in made:
-            process = succeeded(
-                run_forked("--out", folder / script, "--dataset-path", data, *SHORT, script=f"baselines/{script}.py")
-            )
+            process = succeeded(run_forked(*flags(folder / script, data, script), script=f"baselines/{script}.py"))
             made[script] = (only_run(folder / script), process)
         return made[script]
 
@@ -49,15 +52,17 @@ def test_a_run_ends_in_a_table_and_a_picture(finished, script):
     assert all(len(result[agent]["last_5_scores"]) == 2 for agent in AGENTS[script])
     assert (folder / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / f"{script}.py").read_text() == (ROOT / "baselines" / f"{script}.py").read_text()
-    assert not (folder / "codes.png").exists()
+    assert (folder / "codes.png").exists() == (script in FLAGS)
 
 
-@pytest.mark.parametrize(("script", "update"), [("rebrac", 75), ("rebrac", 170), ("fql", 70), ("fql", 190)])
+@pytest.mark.parametrize(
+    ("script", "update"), [("rebrac", 75), ("rebrac", 170), ("fql", 70), ("fql", 190), ("awac", 45), ("awac", 130)]
+)
 def test_killed_and_resumed_is_bit_for_bit_the_same(finished, script, update, tmp_path):
     """In the training of the first agent, and of the second; every gradient step of an optimizer counts."""
     whole, _ = finished(script)
     process = Forked(
-        *("--out", tmp_path, "--dataset-path", finished.data, *SHORT),
+        *flags(tmp_path, finished.data, script),
         script=f"baselines/{script}.py",
         before=("signal_in_update", signal.SIGKILL, update),
     )
@@ -83,15 +88,15 @@ def test_a_copy_beside_vqvae_trains_on_a_users_own_data(script, tmp_path):
     arrays = dataset()
     arrays["actions"] *= 2  # Pendulum's torque lies in [-2, 2]
     write(tmp_path / "mine.npz", arrays)
-    flags = ["--env", "Pendulum-v1", "--dataset-path", "mine.npz", "--no-compare", *SHORT[2:]]
-    process = succeeded(run_forked(*flags, cwd=tmp_path, script=f"{script}.py"))
+    words = ["--env", "Pendulum-v1", "--dataset-path", "mine.npz", "--no-compare", *SHORT[2:], *FLAGS.get(script, [])]
+    process = succeeded(run_forked(*words, cwd=tmp_path, script=f"{script}.py"))
     assert "396 transitions, 4 episodes" in process.stdout
     result = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())
     assert set(AGENTS[script]) & set(result) == {AGENTS[script][0]}
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"),
+    ("script", "wrong"),
     [
         ("rebrac", ["--dataset-path", "nowhere.npz"]),
         ("rebrac", ["--actor-beta", -1]),
@@ -99,10 +104,11 @@ def test_a_copy_beside_vqvae_trains_on_a_users_own_data(script, tmp_path):
         ("fql", ["--candidates", 0]),
         ("fql", ["--flow-steps", 0]),
         ("fql", ["--expectile", 1]),
+        ("awac", ["--temperature", 0]),
     ],
 )
-def test_bad_input_is_one_sentence(finished, script, flags, tmp_path):
-    words = ["--out", tmp_path / "out", "--dataset-path", finished.data, *SHORT, *flags]
+def test_bad_input_is_one_sentence(finished, script, wrong, tmp_path):
+    words = [*flags(tmp_path / "out", finished.data, script), *wrong]
     one_sentence(run_forked(*words, script=f"baselines/{script}.py"))
     assert not (tmp_path / "out").exists()
 
@@ -111,9 +117,10 @@ def test_bad_input_is_one_sentence(finished, script, flags, tmp_path):
 def test_agents_in_a_loop_of_ones_own(script, name):
     """Update and act are all there is; infos hold no graph; docstrings name what is read of the arguments."""
     module = MODULES[script]
-    agent = module.make_agents(3, 2, module.Args())[name]
+    quantizer = [ActionVQVAE(3, 2, 4, hidden=(8,))] if script in FLAGS else []
+    agent = module.make_agents(3, 2, *quantizer, module.Args())[name]
     obs = torch.randn(32, 3)
-    columns = [obs, torch.rand(32, 2) * 2 - 1, torch.rand(32), obs + 1, torch.zeros(32), torch.zeros(32).long()]
+    columns = [obs, torch.rand(32, 2) * 2 - 1, torch.rand(32), obs + 1, torch.zeros(32), torch.arange(32) % 4]
     batch = Transitions(*columns)
     batch = module.Steps(*columns[:5], columns[1]) if script == "rebrac" else batch
     for _ in range(2):

@@ -114,7 +114,7 @@ def test_behaviour_learns_the_datas_gaussian():
 
 
 def test_without_the_value_penalty_the_value_is_the_policys_q():
-    """BRAC-p, of the discrete agent and of its twin; the closed-form policy stays softmax(log p + Q / alpha): AWAC's."""
+    """BRAC-p, of the agent and of its twin; the closed-form policy stays softmax(log p + Q / alpha): AWAC's."""
     brac, obs = agent(alpha=0.5, beta=0.5, actor_free=True, value_penalty=False), torch.randn(16, 3)
     q = torch.min(*(qf(obs) for qf in brac.qf_target))
     policy = (brac.log_prior(obs) + q / 0.5).softmax(1)

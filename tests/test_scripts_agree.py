@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["saq_cql.py", "saq_iql.py", "saq_brac.py", "saq_bc.py"]
-BASELINES = ["baselines/rebrac.py", "baselines/fql.py"]  # without a quantizer
+WITHOUT = ["baselines/rebrac.py", "baselines/fql.py"]  # a quantizer
+BASELINES = [*WITHOUT, "baselines/awac.py"]
 SHARED = {"defaults", "parse_args", "make_eval_envs", "evaluate", "assess", "Run", "learn", "report", "plot"}
 SHARED |= {"film", "main"}
 OWN = {"Args", "Actor", "Critic", "make_agents"}  # alike in name only
@@ -29,9 +30,11 @@ def test_what_every_script_has(script):
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SCRIPTS + BASELINES, 2)))
 def test_shared_definitions_are_the_same(one, other):
     ours, theirs = definitions(one), definitions(other)
-    own = OWN if other in SCRIPTS else OWN | {"main", "network"}
-    if (one in SCRIPTS) != (other in SCRIPTS):
-        own = own | {"defaults", "parse_args"}  # where there is a quantizer to choose
+    own = OWN | {"network"}
+    if one in WITHOUT or other in WITHOUT:
+        own = own | {"main"}  # there is no quantizer to fit
+    if (one in WITHOUT) != (other in WITHOUT):
+        own = own | {"defaults", "parse_args"}  # nor one to choose
     for name in (ours.keys() & theirs.keys()) - own:
         assert ast.dump(ours[name]) == ast.dump(theirs[name]), f"{name} differs between {one} and {other}"
 
