@@ -757,11 +757,12 @@ def tracker(folder, config):
 
 LIMITS = {  # what a number must at least be, and at most; of all scripts
     "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
-    "target_every cql_samples layers width flow_steps candidates": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video alpha beta cql_alpha actor_beta critic_beta noise": (0, 1e9),
+    "target_every cql_samples layers width flow_steps candidates samples backup_samples": (1, 1e9),
+    "seed lr weight_decay reward_scale revive_every video": (0, 1e9),
+    "alpha beta cql_alpha actor_beta critic_beta noise epsilon": (0, 1e9),
     "discount polyak average support warm_up": (0, 1),
     "expectile": (0.001, 0.999),
-    "temperature": (1e-6, 1e9),
+    "temperature sigma": (1e-6, 1e9),
     "prior_floor": (-1e9, 0),
 }
 

@@ -11,14 +11,15 @@ import torch
 from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, only_run, run_forked, succeeded, write
 from forked import Forked
 
-from baselines import awac, fql, rebrac
+from baselines import awac, bear, fql, rebrac
 from vqvae import ActionVQVAE, Transitions
 
-MODULES = {"rebrac": rebrac, "fql": fql, "awac": awac}
+MODULES = {"rebrac": rebrac, "fql": fql, "awac": awac, "bear": bear}
 AGENTS = {"rebrac": ["rebrac", "td3_bc"], "fql": ["fql", "ifql"], "awac": ["saq_awac", "awac"]}
+AGENTS["bear"] = ["saq_bear", "bear"]
 SHORT = ["--env", "tiny_envs:Tiny-v0", "--eval-episodes", 1, "--final-episodes", 2, "--batch-size", 16]
 SHORT += ["--steps", 40, "--eval-every", 20, "--log-every", 10]
-FLAGS = {"awac": ["--vq-steps", 20, "--num-codes", 4]}  # of scripts with a quantizer
+FLAGS = {script: ["--vq-steps", 20, "--num-codes", 4] for script in ("awac", "bear")}  # of scripts with a quantizer
 NAMES = [(script, name) for script in AGENTS for name in AGENTS[script]]
 
 
@@ -56,7 +57,17 @@ def test_a_run_ends_in_a_table_and_a_picture(finished, script):
 
 
 @pytest.mark.parametrize(
-    ("script", "update"), [("rebrac", 75), ("rebrac", 170), ("fql", 70), ("fql", 190), ("awac", 45), ("awac", 130)]
+    ("script", "update"),
+    [
+        ("rebrac", 75),
+        ("rebrac", 170),
+        ("fql", 70),
+        ("fql", 190),
+        ("awac", 45),
+        ("awac", 130),
+        ("bear", 90),
+        ("bear", 250),
+    ],
 )
 def test_killed_and_resumed_is_bit_for_bit_the_same(finished, script, update, tmp_path):
     """In the training of the first agent, and of the second; every gradient step of an optimizer counts."""
@@ -105,6 +116,8 @@ def test_a_copy_beside_vqvae_trains_on_a_users_own_data(script, tmp_path):
         ("fql", ["--flow-steps", 0]),
         ("fql", ["--expectile", 1]),
         ("awac", ["--temperature", 0]),
+        ("bear", ["--sigma", 0]),
+        ("bear", ["--samples", 0]),
     ],
 )
 def test_bad_input_is_one_sentence(finished, script, wrong, tmp_path):
@@ -133,5 +146,7 @@ def test_agents_in_a_loop_of_ones_own(script, name):
     source = inspect.getsource(type(agent))
     if script == "fql":  # its networks and its flow read them
         source += inspect.getsource(fql.network) + inspect.getsource(fql.Flow)
+    if script == "bear":  # its constraint does
+        source += inspect.getsource(bear.Price)
     (named,) = re.findall(r"Read of `args`: ([^.]*)\.", type(agent).__doc__)
     assert set(re.split(r",\s+", named)) == set(re.findall(r"\bargs\.(\w+)", source))
