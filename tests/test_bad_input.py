@@ -10,9 +10,9 @@ import torch
 from conftest import assert_same_run, dataset, one_sentence, only_run, run_forked, run_script, succeeded, write
 
 import saq_brac
-import saq_cql
 from saq_cql import FREE_TO_EVALUATE, FREE_TO_RESUME, Args
 from vqvae import (
+    ActionVQVAE,
     UserError,
     check_numbers,
     check_unchanged,
@@ -276,7 +276,7 @@ def test_numbers_out_of_range(field):
 
 
 def test_brac_without_an_actor_needs_an_alpha():
-    vqvae = saq_cql.ActionVQVAE(3, 1, 4)
+    vqvae = ActionVQVAE(3, 1, 4)
     saq_brac.DiscreteBRAC(3, vqvae, saq_brac.Args(alpha=0.0))
     with pytest.raises(UserError, match="without an actor the policy is divided by alpha"):
         saq_brac.DiscreteBRAC(3, vqvae, saq_brac.Args(alpha=0.0, actor_free=True))

@@ -60,7 +60,7 @@ def test_a_run_ends_in_a_table_and_a_picture(finished, script):
     ("script", "update"),
     [
         ("rebrac", 75),
-        ("rebrac", 170),
+        ("rebrac", 150),
         ("fql", 70),
         ("fql", 190),
         ("awac", 45),
@@ -76,6 +76,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(finished, script, update, tm
         *flags(tmp_path, finished.data, script),
         script=f"baselines/{script}.py",
         before=("signal_in_update", signal.SIGKILL, update),
+        path=[ROOT],
     )
     assert process.wait().returncode == -signal.SIGKILL
     folder = only_run(tmp_path)
