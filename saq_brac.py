@@ -214,9 +214,11 @@ class Actor(nn.Module):
         return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def sample(self, obs, n):
-        """n draws of x in each state (n, B, A)."""
+        """n draws of x in each state (n, B, A), and their log densities (n, B)."""
         mean, log_std = self.distribution(obs)
-        return mean + log_std.exp() * torch.randn(n, *mean.shape, device=obs.device)
+        noise = torch.randn(n, *mean.shape, device=obs.device)
+        log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return mean + log_std.exp() * noise, log_prob
 
 
 class Critic(nn.Module):
@@ -257,8 +259,8 @@ class ContinuousBRAC(nn.Module):
 
     def sample(self, obs, n=4):
         """An action of the policy in each state (B, A), and the mean of log pi - log p over n of them (B,): the KL."""
-        x = self.actor.sample(obs, n)
-        return x[0].tanh(), (self.actor.log_prob(obs, x) - self.behaviour.log_prob(obs, x)).mean(0)
+        x, log_prob = self.actor.sample(obs, n)
+        return x[0].tanh(), (log_prob - self.behaviour.log_prob(obs, x)).mean(0)
 
     def qf_loss(self, batch):
         with torch.no_grad():

@@ -38,7 +38,9 @@ import saq_cql
 import saq_iql
 from vqvae import (
     ActionVQVAE,
+    Aquadem,
     Linear,
+    Mixture,
     Transitions,
     accelerate,
     fit,
@@ -103,15 +105,19 @@ Q, V, POLICY, MEAN = (
     [OBS, 256, 256, ACTIONS],
 )
 ENCODER, DECODER = [OBS + ACTIONS, 512, 512, 128], [OBS + 128, 512, 512, ACTIONS]
+MIXTURE, CANDIDATES, PRIOR = [OBS, 512, 512, CODES * (1 + ACTIONS)], [OBS, 256, 2560], [OBS, 512, 512, 10]
+HEADS = 10 * [(BATCH, 256, ACTIONS), (BATCH, ACTIONS, 256), (256, BATCH, ACTIONS)]  # ten candidates, and gradients
 PRODUCTS = {
     "quantizer fit": train(ENCODER)
     + train(DECODER)
     + to_inputs(DECODER)[:1]
     + train(Q_K)
     + [(BATCH, 128, CODES), (BATCH, CODES, 128), (CODES, BATCH, 128)],  # distances, look-up, its gradient
+    "mixture fit": train(MIXTURE),
+    "Aquadem fit": train(CANDIDATES) + HEADS + train(PRIOR) + forward(CANDIDATES) + HEADS[::3],
     "SAQ-CQL": train(Q_K) + 2 * forward(Q_K),
-    "SAQ-IQL": 2 * train(Q_K) + forward(Q_K) + train(V_512) + forward(V_512),
-    "SAQ-BRAC": 4 * train(Q_K) + 7 * forward(Q_K),
+    "SAQ-IQL": train(Q_K) + forward(Q_K) + train(V_512) + forward(V_512),
+    "SAQ-BRAC": 3 * train(Q_K) + 7 * forward(Q_K),
     "SAQ-BC": train(Q_K),
     "CQL": 2 * (train(Q, SAMPLES * BATCH) + forward(Q))
     + 3 * forward(POLICY)
@@ -153,20 +159,24 @@ def phases(device, compile):
     actions, codes = torch.rand(rows, ACTIONS, device=device) * 2 - 1, torch.randint(CODES, (rows,), device=device)
     data = Transitions(obs, actions, torch.rand(rows, device=device), next_obs, torch.zeros(rows, device=device), codes)
     with device:
-        vqvae = ActionVQVAE(OBS, ACTIONS, CODES)
+        vqvae, mixture, aquadem = ActionVQVAE(OBS, ACTIONS, CODES), Mixture(OBS, ACTIONS, CODES), Aquadem(OBS, ACTIONS)
         agents = {}
         for script in (saq_cql, saq_iql, saq_brac, saq_bc):
             agents |= script.make_agents(OBS, ACTIONS, vqvae, script.Args())
 
-    def fit_step():
-        batch = data.sample(BATCH)
-        return vqvae.update(batch.obs, batch.actions)
+    def fit_step(quantizer):
+        def step():
+            batch = data.sample(BATCH)
+            return quantizer.update(batch.obs, batch.actions)
+
+        return fast(step, device, compile)
 
     def learn_step(agent):
         return fast(lambda: agent.update(data.sample(BATCH)), device, compile)
 
     steps = {name.upper().replace("_", "-"): learn_step(agent) for name, agent in agents.items()}
-    return {"quantizer fit": fast(fit_step, device, compile)} | steps
+    fits = {"quantizer fit": vqvae, "mixture fit": mixture, "Aquadem fit": aquadem}
+    return {name: fit_step(quantizer) for name, quantizer in fits.items()} | steps
 
 
 def other_updates(options, device):
