@@ -304,7 +304,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
-SCRIPT = Path(__file__).stem
+SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
 PLAIN |= dict(average=0.0, alpha=20.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
@@ -333,7 +333,7 @@ def parse_args():
         state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
-    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
+    least = max([1, *(steps for phase, steps in done.items() if phase not in OWN_STEPS)])  # no fewer than are done
     check_numbers(vars(args), steps=(least, 1e9))
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)

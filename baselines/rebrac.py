@@ -258,7 +258,7 @@ def make_agents(obs_dim, action_dim, args):
 
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
-SCRIPT = Path(__file__).stem
+SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
 PLAIN = dict(decay=False, normalize_obs=False, lr=1e-3, batch_size=1_024)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
@@ -285,7 +285,7 @@ def parse_args():
         state = read_checkpoint(Path(folder) / "checkpoint.pt", Run.NEW | {"args": vars(default)})
         default, done = Args(**state["args"] | {"resume": args.resume, "eval_only": args.eval_only}), state["done"]
     args = tyro.cli(Args, default=default, description=__doc__)  # --help shows the defaults of the task
-    least = max([1, *(steps for phase, steps in done.items() if phase != "quantizer")])  # no fewer than are done
+    least = max([1, *(steps for phase, steps in done.items() if phase not in OWN_STEPS)])  # no fewer than are done
     check_numbers(vars(args), steps=(least, 1e9))
     if folder is not None:
         check_unchanged(vars(args), vars(default), FREE_TO_RESUME if args.eval_only is None else FREE_TO_EVALUATE)
