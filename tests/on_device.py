@@ -13,7 +13,8 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import ActionVQVAE, Transitions, accelerate, prepare
+from baselines import awac, bear, fql, rebrac
+from vqvae import ActionVQVAE, Aquadem, Mixture, Quantizer, Transitions, accelerate, prepare
 
 OBS, ACTIONS, CODES, ROWS, STEPS = 5, 2, 8, 200, 8
 
@@ -23,9 +24,11 @@ def learners(device):
     torch.manual_seed(0)
     with device:
         vqvae = ActionVQVAE(OBS, ACTIONS, CODES)
-        found = {"quantizer": vqvae}
-        for script in (saq_cql, saq_iql, saq_brac, saq_bc):
+        found = {"quantizer": vqvae, "mixture": Mixture(OBS, ACTIONS, CODES), "aquadem": Aquadem(OBS, ACTIONS, CODES)}
+        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear):
             found |= script.make_agents(OBS, ACTIONS, vqvae, script.Args())
+        for script in (rebrac, fql):
+            found |= script.make_agents(OBS, ACTIONS, script.Args())
     return found
 
 
@@ -34,7 +37,9 @@ def train(learner, data, run):
 
     def update():
         batch = data.sample(32)
-        return learner.update(*(batch[:2] if isinstance(learner, ActionVQVAE) else [batch]))
+        if isinstance(learner, rebrac.ReBRAC):
+            batch = rebrac.Steps(*batch[:5], batch.actions)
+        return learner.update(*(batch[:2] if isinstance(learner, Quantizer) else [batch]))
 
     step = run(update)
     torch.manual_seed(1)

@@ -11,7 +11,9 @@ from conftest import DEVICES_SEEN, ROOT, checkpoint, only_run, tensors
 
 needs_cuda = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
 SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc"]
-LEARNERS = ["quantizer", "saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac", "saq_bc", "bc", "gaussian_bc"]
+LEARNERS = ["quantizer", "mixture", "aquadem", "saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac"]
+LEARNERS += ["saq_bc", "bc", "gaussian_bc", "bc_gmm", "saq_awac", "awac", "saq_bear", "bear", "rebrac", "td3_bc"]
+LEARNERS += ["fql", "ifql"]
 
 
 def run(*words):

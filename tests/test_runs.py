@@ -84,9 +84,13 @@ def test_a_run_writes_its_files(finished):
 @pytest.mark.parametrize(
     ("script", "agents", "logged"),
     [
-        ("saq_iql", ["saq_iql", "iql"], {"saq_iql/prior_loss", "saq_iql/v_loss", "saq_iql/value", "iql/weight"}),
+        ("saq_iql", ["saq_iql", "iql"], {"saq_iql/qf_loss", "saq_iql/v_loss", "saq_iql/value", "iql/weight"}),
         ("saq_brac", ["saq_brac", "brac"], {"saq_brac/actor_loss", "saq_brac/kl_exact", "brac/kl_sampled"}),
-        ("saq_bc", ["saq_bc", "bc", "gaussian_bc"], {"saq_bc/loss", "bc/action_error", "gaussian_bc/action_error"}),
+        (
+            "saq_bc",
+            ["saq_bc", "bc", "gaussian_bc", "bc_gmm"],
+            {"saq_bc/loss", "bc/action_error", "bc_gmm/action_error"},
+        ),
     ],
 )
 def test_the_other_scripts(finish, script, agents, logged):
