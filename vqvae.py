@@ -21,7 +21,9 @@ show the state s to encoder and decoder, so that one code means different action
     codes = vqvae.encode_dataset(obs, actions)                 # (N,)    which code each action became
     actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
 
-In three parts: 1 the quantizer and its fit, 2 what makes a training step fast, 3 a user's data and files, checked.
+`Mixture` and `Aquadem` are two other quantizers with the same interface, one network of candidate actions each.
+
+In three parts: 1 the quantizers and their fit, 2 what makes a training step fast, 3 a user's data and files, checked.
 Sizes, initialisation and the scales of the losses are those of the authors' JAX code; the paper's equations have no
 1 / D, D being the length of z. Importing it takes PyTorch and NumPy; what else a function needs, it imports itself.
 """
@@ -49,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# === 1. The quantizer ===
+# === 1. The quantizers ===
 
 
 class Quantizer(nn.Module):
