@@ -94,7 +94,7 @@ class Args:
 # Fields by the first letters of a task's name; a flag wins. The paper prints no hyperparameters, and cloning has few.
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
-    "hopper- halfcheetah- walker2d- ant-": dict(act="mean"),
+    "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
     "kitchen- maze2d- pen- door- hammer- relocate-": dict(),
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),

@@ -104,7 +104,7 @@ class Args:
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, alpha=10.0, beta=10.0),
-    "hopper- halfcheetah- walker2d- ant-": dict(alpha=10.0, beta=10.0, act="mean"),
+    "hopper- halfcheetah- walker2d- ant-": dict(alpha=10.0, beta=10.0, act="mean", support=0.2),
     "pen- door- hammer- relocate- kitchen-": dict(alpha=10.0, beta=10.0),
     "antmaze- maze2d-": dict(alpha=0.1, beta=0.1, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=1.0, beta=1.0, eval_episodes=50, final_episodes=50),

@@ -104,7 +104,7 @@ HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, act="mean", vq_steps=20_000, steps=40_000, eval_every=2_000),
     # Alpha: of what the authors sweep for locomotion (15, 20, 30) and kitchen; for antmaze CORL's; else ours, untried.
-    "hopper- halfcheetah- walker2d- ant-": dict(alpha=20.0, act="mean"),
+    "hopper- halfcheetah- walker2d- ant-": dict(alpha=20.0, act="mean", support=0.2),
     "kitchen- maze2d- pen- door- hammer- relocate-": dict(alpha=20.0),
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(alpha=20.0, eval_episodes=50, final_episodes=50),

@@ -101,7 +101,7 @@ MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every
 ROBOSUITE = dict(eval_episodes=50, final_episodes=50)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0, beta=0.1),
-    "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean"),
+    "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean", support=0.2),
     # Lambda: the authors' for adroit, 1 / beta, untried, for the rest; expectile (0.7) and beta: IQL's, robomimic's.
     "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5),
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),

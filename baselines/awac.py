@@ -98,7 +98,7 @@ class Args:
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
-    "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, act="mean"),
+    "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, act="mean", support=0.2),
     "pen- door- hammer- relocate- maze2d- antmaze-": dict(temperature=0.1),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
     "mixture hard-mixture": dict(num_codes=64),  # by quantizer, over the task's row: K needs no choice

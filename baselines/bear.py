@@ -103,7 +103,7 @@ class Args:
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": MAZE,
-    "hopper- halfcheetah- walker2d- ant-": dict(act="mean"),
+    "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
     "antmaze-": dict(reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
     "mixture hard-mixture": dict(num_codes=64),  # by quantizer, over the task's row: K needs no choice
