@@ -188,15 +188,17 @@ import torch
 from vqvae import ActionVQVAE, fit, load_task
 import {script} as script
 
+torch.manual_seed(0)
 with torch.device("cpu"):
     task, data = load_task("none", sys.argv[1], torch.device("cpu"))
     vqvae = ActionVQVAE(3, 1, num_codes=4)
     for step, info in fit(vqvae, data.obs, data.actions, steps=20):
         pass
-    data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
+    data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions), rewards=data.obs[:, 0])  # to be learned
     args = script.defaults("none")
     args.num_codes = 4
     agent = next(iter(script.make_agents(3, 1, vqvae, args).values()))
+agent.args.discount = 0.0  # a target that stays
 losses = []
 for step in range(60):
     info = agent.update(data.sample(64))
