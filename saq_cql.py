@@ -73,8 +73,8 @@ class Args:
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
-    revive_every: int = 100  # steps between two moves of unchosen codes to where actions are, until 90%; 0: never
-    kmeans_init: bool = False  # start the codebook at k-means centres of the encoder's outputs
+    revive_every: int = 100  # vqvae: steps between two moves of unchosen codes to where actions are; 0: never
+    kmeans_init: bool = False  # vqvae: start the codebook at k-means centres of the encoder's outputs
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)

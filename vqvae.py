@@ -204,7 +204,7 @@ class Mixture(Quantizer):
         p(a | s) = sum_k p(k | s) N(a; u_k(s), sigma^2)               loss = -log p(a | s)
 
     The code of an action is the component that it most likely came from; a code decodes to its candidate. No encoder
-    sees the state beside the action, so a code cannot tell of the state, and only as many codes are used in a state as
+    sees the state beside the action, so nothing asks a code to tell of the state, and a state uses as many codes as
     the actions there need. K = 1 is regression.
 
     hard: the largest term in place of the sum, which leaves noise to sigma and keeps fewer codes in use."""
@@ -328,14 +328,18 @@ def fit(
 
     compile: "off", "on", or "auto", on from 10,000 steps: torch.compile on the CPU (`accelerate`).
     decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
-    revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0: never.
-    kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random.
+    revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0: never. Of
+    ActionVQVAE alone: candidates that a mixture leaves unused are not missed.
+    kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random. Raises UserError
+    with the others, which have no codebook.
     """
 
     def sample(size):
         rows = torch.randint(len(obs), (size,), device=obs.device)
         return obs[rows], actions[rows]
 
+    if kmeans_init and not isinstance(vqvae, ActionVQVAE):
+        raise UserError("only the vqvae has a codebook to start from k-means centres: leave kmeans_init out.")
     if kmeans_init and start == 0:
         init_codebook(vqvae, *sample(4096))
     update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile, steps)
@@ -409,7 +413,7 @@ def describe_health(health):
     words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
     if health["used"] < 0.5:
         words += "\nWARNING: MOST CODES ARE DEAD. Revive them (revive_every above 0), start from k-means "
-        words += "(kmeans_init), or ask for fewer (num_codes)."
+        words += "(kmeans_init), or ask for fewer (num_codes). A mixture may keep more than it needs."
     if health["perplexity"] > 10 * health["per_state"]:
         words += "\nwarning: which code is meant depends on the state much more than on the action, so that a policy "
         words += "has much to learn before it chooses well: try fewer codes, or the mixture."

@@ -104,13 +104,12 @@ def test_losses_over_codes_by_hand():
 
 
 def test_the_price_rises_while_the_constraint_is_violated():
-    price = Price(Args())
-    for excess in (0.3, 0.3, -0.1):
-        before = price.log_alpha.item()
-        price.update(torch.tensor(excess))
-        assert (price.log_alpha.item() > before) == (
-            excess > 0 or before > 0.0015
-        )  # Adam: its first steps have momentum
+    for excess in (0.3, -0.1):
+        price = Price(Args())
+        for _ in range(5):
+            before = price.log_alpha.item()
+            price.update(torch.tensor(excess))
+            assert (price.log_alpha.item() > before) == (excess > 0)
     price.log_alpha.data.fill_(50.0)
     price.update(torch.tensor(1.0))
     assert price.log_alpha.item() == 10

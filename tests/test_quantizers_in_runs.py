@@ -88,6 +88,12 @@ def test_another_quantizer_is_refused(runs, flags, sentence, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("quantizer", ["mixture", "aquadem"])
+def test_a_codebook_that_is_not_there_cannot_start_from_centres(runs, quantizer, tmp_path):
+    flags = ["--out", tmp_path, "--dataset-path", runs.data, *SHORT, "--quantizer", quantizer, "--kmeans-init"]
+    assert "only the vqvae has a codebook" in one_sentence(run_forked(*flags))
+
+
 def test_a_quantizer_of_other_data_or_of_none_is_refused(runs, tmp_path):
     other = write(tmp_path / "other.npz", dataset(n=60, episode=5, seed=1))
     fitted = runs("saq_bc", "--quantizer", "mixture")
