@@ -23,6 +23,7 @@ import copy
 import math
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -34,15 +35,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from gymnasium.wrappers import RecordVideo
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 # isort: off
 from vqvae import QUANTIZERS, adamw, codebook_health, decay_lr, fit, minimize, mlp, plot_codes  # method
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, load_task, lock
-from vqvae import one_line, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
+from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, film, lock
+from vqvae import load_task, make_eval_envs, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
 
 
 @dataclass
@@ -308,12 +308,6 @@ def parse_args():
     return args
 
 
-def make_eval_envs(spec, episodes, *wrappers, **kwargs):
-    """The environments that step together, ten at most. Policies act in [-1, 1], whatever the environment's bounds."""
-    wrappers = [lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), *wrappers]
-    return gym.make_vec(spec, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=wrappers, **kwargs)
-
-
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
@@ -351,8 +345,9 @@ class Run:
     """The folder of a run: args.json and metrics.csv for readers, checkpoint.pt with all that --resume needs."""
 
     # What a checkpoint holds: arguments; a checksum of the data; by phase the steps done and the state of the random
-    # numbers; the phase whose evaluation comes next; what was logged: (step, name, value); networks and optimizers.
-    NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "log": [], "parts": {}}
+    # numbers; the phase whose evaluation comes next; the seconds that updates took, by phase; what was logged: (step,
+    # name, value); networks and optimizers.
+    NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum, done):
         self.args, self.updating, self.stopping = args, False, False
@@ -424,27 +419,32 @@ class Run:
             rng.set_rng_state(self.state["rng"][stream].cpu())
         else:
             torch.manual_seed(self.args.seed + start)
+        # Seconds of the updates alone, a core's (on a GPU the clock's), and without the first one, which compiles.
+        clock = time.perf_counter if self.args.device == "cuda" else time.process_time
+        seconds, began = self.state["seconds"].get(phase, 0.0), None
         if self.state["due"] == phase:  # --resume begins with the evaluation that came next
-            self.log(phase, start, evaluation())
+            self.log(phase, start, evaluation() | {"seconds": seconds})
         pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
         bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True, mininterval=pause)
         self.updating = True
         for step, info in bar:
+            began = began or clock()
             evaluate_now = step % self.args.eval_every == 0 or step == steps
             if evaluate_now or step % self.args.log_every == 0:
                 self.log(phase, step, {name: value.item() for name, value in info.items()})
             if evaluate_now or self.stopping:
                 self.state["done"][phase], self.state["rng"][stream] = step, rng.get_rng_state()
                 self.state["due"] = phase if evaluate_now else ""
+                self.state["seconds"][phase] = seconds + clock() - began
                 self.save()
             if self.stopping:
                 raise KeyboardInterrupt(f"stopped in step {step} of {phase}; {self.how_to_go_on}")
             if evaluate_now:
                 self.updating = False
-                values = evaluation()
+                values = evaluation() | {"seconds": self.state["seconds"][phase]}
                 self.log(phase, step, values)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
-                self.updating = True
+                seconds, began, self.updating = values["seconds"], clock(), True
         self.updating = False
         self.state["due"] = "" if self.state["due"] == phase else self.state["due"]
         self.save()
@@ -496,18 +496,6 @@ def plot(run, names, task):
     return figure
 
 
-def film(agents, vqvae, task, episodes, folder):
-    """Films `episodes` episodes of each agent, from the evaluation's starts; a policy that samples draws anew."""
-    for name, agent in agents.items() if episodes else ():
-        record = partial(RecordVideo, video_folder=str(folder), episode_trigger=lambda _: True, name_prefix=name)
-        try:
-            envs = make_eval_envs(task.env.spec, 1, record, render_mode="rgb_array")
-            evaluate(agent, vqvae, envs, episodes)
-            envs.close()
-        except Exception as error:  # no screen, no renderer, no package that writes films
-            return print(f"warning: no video: {one_line(error)}.")
-
-
 def main():
     args = parse_args()
     device = prepare(args.device, args.precision)
@@ -528,7 +516,7 @@ def main():
         if not (trained and task.env):
             raise UserError(f"{run.folder} holds no trained policy yet, or no environment to evaluate it in.")
         report(run, trained, vqvae, task, args.eval_episodes)
-        return film(trained, vqvae, task, args.video, run.folder)
+        return film(evaluate, trained, vqvae, task, args.video, run.folder)
     print(f"run: {run.folder}")
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
@@ -554,7 +542,7 @@ def main():
     if envs:
         write_file(run.folder / "result.json", report(run, agents, vqvae, task, args.final_episodes))
         write_file(run.folder / "comparison.png", plot(run, agents, task).savefig)
-        film(agents, vqvae, task, args.video, run.folder)
+        film(evaluate, agents, vqvae, task, args.video, run.folder)
 
 
 if __name__ == "__main__":

@@ -853,6 +853,29 @@ def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
     return Task(env, score, score(returns.mean()), provenance), data
 
 
+def make_eval_envs(spec, episodes, *wrappers, **kwargs):
+    """The environments that step together, ten at most. Policies act in [-1, 1], whatever the environment's bounds."""
+    import gymnasium as gym
+
+    wrappers = [lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), *wrappers]
+    return gym.make_vec(spec, num_envs=min(episodes, 10), vectorization_mode="sync", wrappers=wrappers, **kwargs)
+
+
+def film(evaluate, agents, vqvae, task, episodes, folder):
+    """Films `episodes` episodes of each agent, from the evaluation's starts; a policy that samples draws anew.
+    `evaluate(agent, vqvae, envs, episodes)` is the script's."""
+    from gymnasium.wrappers import RecordVideo
+
+    for name, agent in agents.items() if episodes else ():
+        record = partial(RecordVideo, video_folder=str(folder), episode_trigger=lambda _: True, name_prefix=name)
+        try:
+            envs = make_eval_envs(task.env.spec, 1, record, render_mode="rgb_array")
+            evaluate(agent, vqvae, envs, episodes)
+            envs.close()
+        except Exception as error:  # no screen, no renderer, no package that writes films
+            return print(f"warning: no video: {one_line(error)}.")
+
+
 class Transitions(NamedTuple):
     """N transitions on the training device. A terminal means "do not bootstrap"; a time limit is no terminal."""
 

@@ -17,7 +17,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, only_run, run_forked, succeeded, write
+from conftest import (
+    ROOT,
+    assert_same_run,
+    checkpoint,
+    dataset,
+    metrics,
+    one_sentence,
+    only_run,
+    run_forked,
+    succeeded,
+    write,
+)
 from forked import Forked
 
 import saq_cql
@@ -162,7 +173,7 @@ def test_more_steps_are_what_a_longer_run_had_been(tiny, tmp_path):
     folder, whole = only_run(tmp_path / "a"), only_run(tmp_path / "b")
     succeeded(run_forked("--resume", folder, "--steps", 12))
     assert checkpoint(folder)["done"] == {"quantizer": 6, "saq_cql": 12, "cql": 12}
-    rows = [sorted((path / "metrics.csv").read_text().splitlines()) for path in (folder, whole)]
+    rows = [sorted(metrics(path)) for path in (folder, whole)]
     assert rows[0] == rows[1]
     for path in (folder, whole):  # the order in which phases were logged is another one
         state = checkpoint(path)
@@ -446,7 +457,7 @@ def test_a_bar_that_nobody_watches_is_short(monkeypatch):
     """In a file it writes a line every 30 seconds, in a terminal ten a second."""
     found = []
     monkeypatch.setattr(saq_cql, "tqdm", lambda updates, *args, mininterval, **kwargs: found.append(mininterval) or ())
-    state = {"done": {}, "rng": {}, "due": ""}
+    state = {"done": {}, "rng": {}, "due": "", "seconds": {}}
     args = saq_cql.Args(device="cpu")
     run = SimpleNamespace(args=args, state=state, save=lambda: None, updating=False, stopping=False)
     for terminal in (False, True):

@@ -12,8 +12,7 @@ from conftest import ROOT
 SCRIPTS = ["saq_cql.py", "saq_iql.py", "saq_brac.py", "saq_bc.py"]
 WITHOUT = ["baselines/rebrac.py", "baselines/fql.py"]  # a quantizer
 BASELINES = [*WITHOUT, "baselines/awac.py", "baselines/bear.py"]
-SHARED = {"defaults", "parse_args", "make_eval_envs", "evaluate", "assess", "Run", "learn", "report", "plot"}
-SHARED |= {"film", "main"}
+SHARED = {"defaults", "parse_args", "evaluate", "assess", "Run", "learn", "report", "plot", "main"}
 OWN = {"Args", "Actor", "Critic", "make_agents"}  # alike in name only
 
 
