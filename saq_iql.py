@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -98,15 +97,16 @@ class Args:
 
 # Fields by the first letters of a task's name; a flag wins. From SAQ's code ("authors") and IQL's: no paper has them.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
-ROBOSUITE = dict(eval_episodes=50, final_episodes=50)
+LOCOMOTION = dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean")
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0, beta=0.1),
-    "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean", support=0.2),
+    "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
+    "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
     # Lambda: the authors' for adroit, 1 / beta, untried, for the rest; expectile (0.7) and beta: IQL's, robomimic's.
     "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5),
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
-    "lift- can- square- tool- transport-": dict(ROBOSUITE, expectile=0.9, temperature=1.0, beta=1.0),
+    "lift- can- square- tool- transport-": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
@@ -380,7 +380,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
+        names = ("torch", "numpy", "gymnasium", "mujoco")
+        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
         self.how_to_go_on = f"go on with: python {sys.argv[0]} --resume {str(self.folder)!r}"
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill

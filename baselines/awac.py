@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -99,8 +98,9 @@ MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
     "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, act="mean", support=0.2),
+    "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(temperature=10.0, act="mean", support=0.0),
     "pen- door- hammer- relocate- maze2d- antmaze-": dict(temperature=0.1),
-    "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
+    "lift- can- square- tool- transport-": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
@@ -341,7 +341,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
+        names = ("torch", "numpy", "gymnasium", "mujoco")
+        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
         self.how_to_go_on = f"go on with: python {sys.argv[0]} --resume {str(self.folder)!r}"
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill

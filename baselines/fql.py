@@ -33,7 +33,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -103,7 +102,7 @@ HPARAMS = {
     "door- hammer- relocate-": ADROIT,
     "hammer-cloned- relocate-human- pen-human- pen-cloned-": ADROIT | dict(alpha=10_000.0),
     "pen-expert-": ADROIT | dict(alpha=3_000.0),
-    "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
+    "lift- can- square- tool- transport-": dict(eval_episodes=50),
 }
 
 
@@ -379,7 +378,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
+        names = ("torch", "numpy", "gymnasium", "mujoco")
+        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
         self.how_to_go_on = f"go on with: python {sys.argv[0]} --resume {str(self.folder)!r}"
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill

@@ -32,7 +32,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -346,7 +345,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        versions = {module.__name__: module.__version__ for module in (torch, np, gym)}
+        names = ("torch", "numpy", "gymnasium", "mujoco")
+        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
         self.how_to_go_on = f"go on with: python {sys.argv[0]} --resume {str(self.folder)!r}"
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
