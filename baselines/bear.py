@@ -106,7 +106,7 @@ HPARAMS = {
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(act="mean", support=0.0),
     "antmaze-": dict(reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50),
-    "mixture hard-mixture": dict(num_codes=64),  # by quantizer, over the task's row: K needs no choice
+    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
 
