@@ -91,6 +91,7 @@ class Args:
     prior_floor: float = -8.0  # log p(k | s) counts as at least this: Q can still choose a rare code (authors)
     weight_decay: float = 1e-3  # AdamW's weight decay of the Q network
     exact_expectile: bool = False  # V(s) is the expectile of Q(s, k) over the prior's k, computed: no V network
+    best_of: int = 0  # N > 0: EMaQ, in V(s) and in the policy: the best by Q of N codes drawn from the prior, computed
     # --- Continuous IQL ---
     beta: float = 3.0  # inverse temperature: weights are exp(beta A). SAQ's lambda divides instead: beta = 1 / lambda
 
@@ -121,11 +122,13 @@ class DiscreteIQL(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, weight_decay, discount, expectile, polyak, temperature,
-    prior_floor, exact_expectile, act, support."""
+    Read of `args`: lr, weight_decay, discount, expectile, polyak, temperature, prior_floor, exact_expectile, best_of,
+    act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
+        if args.exact_expectile and args.best_of:
+            raise UserError("exact_expectile and best_of exclude each other: V(s) is one or the other.")
         self.args, self.vqvae = args, vqvae
         self.vf = mlp(obs_dim, 1)
         self.qf = mlp(obs_dim, vqvae.num_codes)
@@ -138,10 +141,17 @@ class DiscreteIQL(nn.Module):
         return self.vqvae.prior_logits(obs).log_softmax(1).clamp(min=self.args.prior_floor)
 
     def value(self, obs):
-        """obs (B, O) -> V(s) (B,): the network's, or the expectile that the network would have to learn."""
-        if self.args.exact_expectile:
-            return expectile(self.qf_target(obs), self.vqvae.prior_logits(obs).softmax(1), self.args.expectile)
-        return self.vf(obs)[:, 0]
+        """obs (B, O) -> V(s) (B,): the network's, or the expectile that it would have to learn, or EMaQ's mean."""
+        if not (self.args.exact_expectile or self.args.best_of):
+            return self.vf(obs)[:, 0]
+        q = self.qf_target(obs)  # (B, K)
+        if self.args.best_of:
+            return (best_of(q, self.drawn(obs), self.args.best_of) * q).sum(1)
+        return expectile(q, self.vqvae.prior_logits(obs).softmax(1), self.args.expectile)
+
+    def drawn(self, obs):
+        """obs (B, O) -> p(k | s) (B, K) from which EMaQ draws: the prior's, but for codes outside of its support."""
+        return self.vqvae.supported(obs, self.vqvae.prior_logits(obs), self.args.support).softmax(1)
 
     def v_loss(self, batch):
         q = self.qf_target(batch.obs).gather(1, batch.codes[:, None])[:, 0]  # (B,)
@@ -158,7 +168,8 @@ class DiscreteIQL(nn.Module):
 
     def update(self, batch):
         """A gradient step of V, and of Q toward the new V; then the target follows. Returns what to log."""
-        info = {} if self.args.exact_expectile else minimize(*self.v_loss(batch), self.vf_optimizer)
+        computed = self.args.exact_expectile or self.args.best_of
+        info = {} if computed else minimize(*self.v_loss(batch), self.vf_optimizer)
         info |= minimize(*self.qf_loss(batch), self.qf_optimizer)
         polyak_update(self.qf_target, self.qf, self.args.polyak)
         return info
@@ -166,6 +177,8 @@ class DiscreteIQL(nn.Module):
     def policy_logits(self, obs):
         """Eq. 14, the best policy that stays near the prior: pi(k | s) ~ p(k | s) exp(A(s, k) / lambda). V(s) is the
         same for every code, so Q stands in for A = Q - V. obs (B, O) -> (B, K)."""
+        if self.args.best_of:
+            return best_of(self.qf(obs), self.drawn(obs), self.args.best_of).log()
         return self.qf(obs) / self.args.temperature + self.log_prior(obs)
 
     @torch.no_grad()
@@ -194,6 +207,16 @@ def expectile(q, p, tau):
     above, mass_above = below[:, -1:] - below, mass_below[:, -1:] - mass_below
     means = (tau * above + (1 - tau) * below) / (tau * mass_above + (1 - tau) * mass_below)  # (B, K)
     return means.amax(1) if tau >= 0.5 else means.amin(1)
+
+
+def best_of(q, p, n):
+    """The probability (B, K) of each code to be the best by its value q (B, K) of n drawn from p (B, K): that all n are
+    among the values up to its own, less that all are below it (EMaQ, Ghasemipour et al., ICML 2021, without drawing).
+    n = 1 is p itself, n to infinity the argmax of q where p is not 0."""
+    order = q.argsort(1)
+    up_to = p.gather(1, order).cumsum(1)  # (B, K), in the order of rising q
+    all_up_to = (up_to / up_to[:, -1:]) ** n
+    return torch.zeros_like(p).scatter(1, order, all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1])))
 
 
 # --- Continuous IQL ---

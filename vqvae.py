@@ -79,15 +79,20 @@ class Quantizer(nn.Module):
 
         how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", the action that it expects, an
         exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions.
-        support: codes to which the prior gives less than this share of its likeliest one's probability are left out, as
-        in discrete BCQ (Fujimoto et al. 2019, arXiv:1910.01708): what the policy thinks of them has no ground."""
-        if support > 0:
-            prior = self.prior_logits(obs)
-            logits = logits.masked_fill(prior < prior.amax(1, keepdim=True) + math.log(support), -math.inf)
+        support: of which codes; see `supported`."""
+        logits = self.supported(obs, logits, support)
         if how == "mean":
             return (logits.softmax(1)[..., None] * self.candidates(obs)).sum(1).clamp(-1, 1)
         codes = logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]  # (B,)
         return self.decode(obs, codes).clamp(-1, 1)
+
+    def supported(self, obs, logits, support):
+        """logits (B, K), at -inf for codes to which the prior gives less than `support` times its likeliest one's
+        probability, as in discrete BCQ (Fujimoto et al. 2019, arXiv:1910.01708): what Q says of them has no ground."""
+        if support == 0:
+            return logits
+        prior = self.prior_logits(obs)
+        return logits.masked_fill(prior < prior.amax(1, keepdim=True) + math.log(support), -math.inf)
 
     @torch.no_grad()
     def encode_dataset(self, obs, actions, chunk=4096):
@@ -764,7 +769,7 @@ def tracker(folder, config):
 LIMITS = {  # what a number must at least be, and at most; of all scripts
     "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "target_every cql_samples layers width flow_steps candidates samples backup_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video": (0, 1e9),
+    "seed lr weight_decay reward_scale revive_every video best_of": (0, 1e9),
     "alpha beta cql_alpha actor_beta critic_beta noise epsilon": (0, 1e9),
     "discount polyak average support warm_up": (0, 1),
     "expectile": (0.001, 0.999),

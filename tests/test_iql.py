@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from test_closed_forms import random_batch
 from test_parity import assert_same, batch, load_mlp, official
 
-from saq_iql import Args, ContinuousIQL, DiscreteIQL, expectile, expectile_loss, learn
-from vqvae import ActionVQVAE, Transitions, adamw, minimize, mlp
+from saq_iql import Args, ContinuousIQL, DiscreteIQL, best_of, expectile, expectile_loss, learn
+from vqvae import ActionVQVAE, Transitions, UserError, adamw, minimize, mlp
 
 CRITIC = "VmapStateActionValue_0/MLP_0"
 
@@ -92,6 +93,57 @@ def test_regression_finds_the_exact_expectile():
 
         optimizer.step(closure)
         assert v.item() == pytest.approx(expectile(q[None], p[None], tau).item(), abs=1e-4)
+
+
+# --- EMaQ ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 64), st.integers(0, 10_000))
+def test_the_best_of_n_draws(num_codes, seed):
+    """A distribution; of one draw, p itself; its mean of q rises with n, to the largest q that p allows."""
+    rng = np.random.default_rng(seed)
+    q = torch.as_tensor(rng.integers(-4, 5, (3, num_codes)))  # with ties
+    p = torch.as_tensor(rng.dirichlet(np.ones(num_codes), 3)) * (torch.as_tensor(rng.random((3, num_codes))) < 0.7)
+    p[:, 0] += 0.01
+    p = p / p.sum(1, keepdim=True)
+    means = [(best_of(q, p, n) * q).sum(1) for n in (1, 2, 3, 10, 100, 100_000)]
+    torch.testing.assert_close(best_of(q, p, 1), p)
+    for n in (1, 2, 10):
+        torch.testing.assert_close(best_of(q, p, n).sum(1), torch.ones(3, dtype=torch.float64))
+        assert (best_of(q, p, n)[p == 0] == 0).all()
+    assert all((after - before).min() > -1e-9 for before, after in itertools.pairwise(means))
+    largest = q.masked_fill(p < 1e-3, -99).amax(1)
+    assert (means[-1] >= largest - 1e-6).all()
+
+
+def test_the_best_of_n_draws_against_drawing():
+    torch.manual_seed(0)
+    q, p = torch.randn(1, 6), torch.rand(1, 6).softmax(1)
+    drawn = p.expand(200_000, 6).multinomial(4, replacement=True)
+    best = drawn.gather(1, q[0][drawn].argmax(1, keepdim=True))[:, 0]
+    torch.testing.assert_close(best_of(q, p, 4)[0], best.bincount(minlength=6) / 200_000, atol=5e-3, rtol=0)
+
+
+def test_emaq_in_value_and_policy():
+    """Codes outside of the support are not drawn, whatever Q says of them; V is not trained."""
+    iql = agent(best_of=5, support=0.5)
+    obs = torch.randn(4, 3)
+    iql.vqvae.prior[-1].bias.data[0] -= 100.0
+    iql.qf[-1].bias.data[0] = iql.qf_target[-1].bias.data[0] = 1e6
+    p = iql.vqvae.supported(obs, iql.vqvae.prior_logits(obs), 0.5).softmax(1)
+    assert (p[:, 0] == 0).all()
+    torch.testing.assert_close(iql.policy_logits(obs).softmax(1), best_of(iql.qf(obs), p, 5))
+    torch.testing.assert_close(iql.value(obs), (best_of(iql.qf_target(obs), p, 5) * iql.qf_target(obs)).sum(1))
+    assert iql.value(obs).max() < 1e5
+    before = copy.deepcopy(iql.vf.state_dict())
+    assert "v_loss" not in iql.update(random_batch(16, 3, 2, 8))
+    assert all(torch.equal(before[name], tensor) for name, tensor in iql.vf.state_dict().items())
+
+
+def test_one_value_at_a_time():
+    with pytest.raises(UserError, match="exclude each other"):
+        agent(best_of=5, exact_expectile=True)
 
 
 # --- The policy of Eq. 14 ---
