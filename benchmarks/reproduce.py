@@ -1,0 +1,428 @@
+"""One command for each table and figure: runs the scripts over tasks, quantizers and seeds, here or on a cluster.
+
+    python benchmarks/reproduce.py small --data FOLDER           # six datasets, 10,000 steps: hours of two cores
+    python benchmarks/reproduce.py table1 --paper --dry-run      # the commands of the paper's Table 1, and their hours
+    python benchmarks/reproduce.py table1 --paper --address auto --gpus-per-run 0.2             # on a Ray cluster
+
+A run is a process of a script with the command that the table shows: what runs is what a reader reads. A quantizer is
+fitted once for each task, kind and seed, by `saq_bc.py --use-prior`, whose score stands in the table as that of the
+agent "prior"; only the runs that need it wait for it.
+
+Results go to benchmarks/results/NAME.csv, a row an agent, as soon as a run ends. What that file holds is not run again:
+an interrupted table goes on where it stopped. It does not know of changes to the scripts: after one, name another
+--table and other --fits. A run whose worker dies is tried again; one that fails is named at the end (exit code 1), and
+the others go on. plot.py makes tables and figures of the CSV.
+
+Ray (requirements-benchmarks.txt) spreads the runs. Without --address it is started here, and ends with this process. A
+cluster's machines need the packages of requirements.txt and see --data, the folder of D4RL's files and of those that
+stand in for them, under the same path; the code is sent to them as it is when the table begins.
+"""
+
+import csv
+import ctypes
+import hashlib
+import io
+import itertools
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from vqvae import UserError, exit_in_words, one_line, write_file  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = ["task", "agent", "quantizer", "seed", "score", "final", "seconds", "fit_seconds", "data_score", "provenance"]
+COLUMNS += ["host", "commit", "command", "curves"]
+
+# --- What there is to run ---
+
+# The agents of each script, its twins after SAQ's.
+SCRIPTS = {
+    "saq_bc": ["saq_bc", "bc", "gaussian_bc", "bc_gmm"],
+    "saq_cql": ["saq_cql", "cql"],
+    "saq_iql": ["saq_iql", "iql"],
+    "saq_brac": ["saq_brac", "brac"],
+    "baselines/rebrac": ["rebrac", "td3_bc"],
+    "baselines/fql": ["fql", "ifql"],
+    "baselines/awac": ["saq_awac", "awac"],
+    "baselines/bear": ["saq_bear", "bear"],
+    "baselines/spot": ["saq_spot", "spot"],
+}
+SAQ = ["saq_bc", "saq_cql", "saq_iql", "saq_brac"]
+BASELINES = [script for script in SCRIPTS if "/" in script]
+NO_QUANTIZER = {"baselines/rebrac", "baselines/fql"}
+# The paper's tasks: rows of its Table 5, whose means by suite are its Table 1.
+LOCOMOTION = [
+    f"{robot}-{data}-v2"
+    for robot in ("halfcheetah", "hopper", "walker2d")
+    for data in ("expert", "medium-expert", "medium-replay", "medium")
+]
+ANTMAZE = [f"antmaze-{maze}-v2" for maze in ("medium-diverse", "medium-play", "large-diverse", "large-play")]
+ADROIT = [f"{task}-human-v0" for task in ("door", "hammer", "pen", "relocate")]
+KITCHEN = [f"kitchen-{data}-v0" for data in ("mixed", "complete", "partial")]
+D4RL = [*LOCOMOTION, *ANTMAZE, *ADROIT, *KITCHEN]
+ROBOMIMIC = [f"{task}-ph" for task in ("lift", "can", "square", "tool-hang", "transport")]
+# Six datasets that a laptop can do: the maze demonstrations that ship here, and files in --data by these names.
+MAZE, HOPPERS = "maze2d-large-demos-v1", ["hopper-expert-v2", "hopper-medium-v2", "hopper-medium-replay-v2"]
+SMALL = [MAZE, *HOPPERS, "halfcheetah-medium-replay-v2", "door-human-v0"]
+FILES = {
+    "hopper-expert-v2": "hopper_expert-d4rlsim.hdf5",
+    "hopper-medium-v2": "hopper_medium-d4rlsim.hdf5",
+    "hopper-medium-replay-v2": "hopper_medium-replay-d4rlsim.hdf5",
+    "halfcheetah-medium-replay-v2": "halfcheetah_medium-replay-d4rlsim.hdf5",
+    "door-human-v0": "door-human-v0.hdf5",
+}
+
+
+class Part(NamedTuple):
+    """A block of a table: each script on each task over each quantizer, with the flags of each variant. Twins, which
+    need no quantizer, run beside the first of them."""
+
+    tasks: list
+    scripts: list
+    quantizers: list = ["vqvae"]
+    variants: list = [""]
+    twins: bool = True
+    flags: str = ""
+
+
+PLANS = {
+    "table1": [Part(D4RL, SAQ)],
+    "table2": [Part(ROBOMIMIC, ["saq_iql", "saq_cql", "saq_bc"])],
+    "table3": [
+        Part(
+            [f"{robot}-medium-replay-v2" for robot in ("halfcheetah", "hopper", "walker2d")],
+            SAQ[1:],
+            variants=["--no-action-only", "--action-only"],
+            twins=False,
+        )
+    ],
+    "table4": [
+        Part(["hopper-expert-v2"], SAQ[1:], variants=[f"--num-codes {k}" for k in (16, 32, 64, 128)], twins=False)
+    ],
+    "table5": [Part(D4RL, SAQ), Part(D4RL, SAQ[:3], ["aquadem"], twins=False)],
+    "figure2": [Part([MAZE], ["saq_cql"])],
+    "figure5": [Part(KITCHEN, ["saq_cql"])],
+    "small": [
+        Part(SMALL, SAQ, ["vqvae", "mixture"]),
+        Part(SMALL, SAQ[:3], ["aquadem"], twins=False),
+        Part(SMALL, BASELINES, ["mixture"]),
+    ],
+    "baselines": [Part(SMALL, BASELINES, ["mixture"])],
+    "codes": [Part([HOPPERS[0], MAZE], SAQ[:3], ["mixture"], [f"--num-codes {k}" for k in (8, 16, 64, 128)], False)],
+    "online": [Part([MAZE, "hopper-medium-replay-v2"], ["baselines/spot"], ["mixture"], flags="--online-steps 20000")],
+}
+
+# The budget of today's tables, far below the paper's so that they take hours and not weeks; and the authors' (--paper).
+BUDGET = dict(steps=10_000, vq_steps=10_000, eval_every=1_000, final_episodes=20)
+PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
+# Of today's tables, what differs by task and script. All episodes of the expert's file return nearly the same, which
+# IQL's scaling of rewards would blow up. IQL's published inverse temperature is for a million steps: after so few, the
+# advantages that it multiplies are noise.
+TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", "door-human-v0": "--act greedy"}
+SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
+
+
+@dataclass
+class Options:
+    name: tyro.conf.Positional[Literal[tuple(PLANS)]]  # the table or figure
+    data: Path | None = None  # folder with the files that stand in for D4RL's; without it, tasks use their own
+    tasks: tuple[str, ...] = ()  # of these tasks only
+    agents: tuple[str, ...] = ()  # only runs that train one of these agents
+    quantizers: tuple[str, ...] = ()  # over these quantizers only
+    seeds: int = 3  # seeds 0, 1, ... of every run
+    steps: int | None = None  # gradient steps of quantizers and agents in place of the budget's, in ten evaluations
+    paper: bool = False  # the authors' settings and steps: --plain, 500_000 of the quantizer, 1_000_000 of the agents
+    flags: str = ""  # more flags for every run
+    address: str | None = None  # of a Ray cluster, or "auto"; without it, Ray is started here
+    cpus_per_run: float = 1.0  # cores, and threads, of a run
+    gpus_per_run: float = 0.0  # GPUs of a run: 0.2 puts five on one
+    table: Path | None = None  # where results are gathered; None: benchmarks/results/NAME.csv
+    fits: Path = ROOT / "runs" / "fits"  # where fitted quantizers are kept
+    dry_run: bool = False  # print the commands and what they would take, and run nothing
+
+
+class Job(NamedTuple):
+    """One run: its command as the table shows it, what identifies its rows, and the command that fits its quantizer."""
+
+    command: str
+    task: str
+    quantizer: str  # and the flags of the variant; empty where there is none
+    seed: int
+    agents: dict  # whose results it has: an agent's name in result.json -> its name in the table
+    fit: str | None = None
+
+    def rows(self):
+        """What identifies the row of each agent: task, agent, quantizer, seed. Twins have no quantizer."""
+        coded = {agent: agent == "prior" or agent.startswith("saq_") for agent in self.agents.values()}
+        return [(self.task, agent, self.quantizer if coded[agent] else "", str(self.seed)) for agent in coded]
+
+
+def make_jobs(options):
+    """Every run of the plan by its command, seed by seed; the fit of a quantizer before the runs that need it."""
+    jobs = {}
+    for seed, part in itertools.product(range(options.seeds), PLANS[options.name]):
+        rows = itertools.product(part.tasks, part.quantizers, part.variants, part.scripts)
+        for task, kind, variant, script in rows:
+            agents, coded = SCRIPTS[script], script not in NO_QUANTIZER
+            chosen = set(options.agents or agents)
+            if coded and not (part.twins and kind == part.quantizers[0] and chosen & set(agents[1:])):
+                agents = agents[:1]  # without its twins
+            wanted = task in (options.tasks or [task]) and kind in (options.quantizers or [kind])
+            if not (wanted and chosen & set(agents)):
+                continue
+            name, flags, fit = "", "", None
+            if coded:
+                name, flags = f"{kind} {variant}".strip(), f"--quantizer {kind} {variant}"
+                fit = make_command("saq_bc", task, seed, f"{flags} --use-prior --no-compare", options)
+                jobs[fit] = Job(fit, task, name, seed, {"saq_bc": "prior"})
+            flags = f"{flags} {part.flags} {'--no-compare' if len(agents) == 1 else ''}"
+            command = make_command(script, task, seed, flags, options)
+            jobs[command] = Job(command, task, name, seed, {agent: agent for agent in agents}, fit)
+    return jobs
+
+
+def make_command(script, task, seed, flags, options):
+    """The command of one run with the name of its data, not their folder, so that it means the same everywhere."""
+    budget = dict(PAPER_BUDGET if options.paper else BUDGET)
+    if options.steps is not None:
+        budget |= dict(steps=options.steps, vq_steps=options.steps, eval_every=max(1, options.steps // 10))
+    if script == "baselines/spot":
+        budget["vae_steps"] = budget["vq_steps"]  # its model of the data's density is fitted as a quantizer is
+    if script in NO_QUANTIZER:
+        del budget["vq_steps"]
+    if "--use-prior" in flags:
+        budget |= dict(steps=1, eval_every=1)  # there is nothing to learn but the quantizer
+    words = [f"python {script}.py --env {task} --seed {seed}", flags]
+    words += [f"--{name.replace('_', '-')} {value}" for name, value in budget.items()]
+    if options.paper:
+        words += ["--plain"]
+    else:
+        words += [TASK_FLAGS.get(task, ""), SCRIPT_FLAGS.get(script, "")]
+    words += [options.flags]
+    if options.data is not None and task in FILES and not options.paper:
+        words += [f"--dataset-path {FILES[task]}"]
+    return " ".join(" ".join(words).split())
+
+
+# --- One run, on whichever machine Ray has put it ---
+
+
+def execute(command, fit, data, threads):
+    """Runs a command in a process of its own, from the folder of the scripts. `fit` is what the run that fitted its
+    quantizer returned. Returns a dict: error, a sentence or None, and where there is none the machine, the result, the
+    logged numbers {name: (steps, values)}, and of a run that fits a quantizer its checkpoint, as bytes."""
+    if fit is not None and fit["error"]:
+        return {"error": "its quantizer has not been fitted"}
+    words = command.split()[1:]
+    if data is not None and "--dataset-path" in words:
+        words[-1] = str(Path(data) / words[-1])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({"D4RL_DATASET_DIR": str(data)} if data else {})
+    with tempfile.TemporaryDirectory() as folder:
+        if fit is not None:
+            (Path(folder) / "fit").mkdir()
+            (Path(folder) / "fit" / "checkpoint.pt").write_bytes(fit["checkpoint"])
+            words += ["--quantizer-from", f"{folder}/fit"]
+        process = None
+        for _ in range(3):  # a process that a signal has ended, say for want of memory, is tried again
+            if process is None or process.returncode < 0:
+                process = subprocess.run(
+                    [sys.executable, *words, "--out", f"{folder}/runs"],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    preexec_fn=end_with_parent,
+                )
+        if process.returncode:
+            return {"error": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
+        (run,) = Path(folder, "runs").glob("*")
+        logged = {}
+        with open(run / "metrics.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                steps, values = logged.setdefault(row["name"], ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(row["value"]))
+        result = json.loads((run / "result.json").read_text())
+        checkpoint = (run / "checkpoint.pt").read_bytes() if "--use-prior" in words else None
+    return dict(error=None, host=socket.gethostname(), result=result, logged=logged, checkpoint=checkpoint)
+
+
+def end_with_parent():
+    """In the new process: when the worker that has started it is killed, it ends as well (where there is Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+# --- The driver ---
+
+
+class Table:
+    """The CSV of results: read once, written anew, whole and in one order, whenever a run ends."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, []
+        if path.exists():
+            with open(path, newline="") as file:
+                reader = csv.DictReader(file)
+                self.rows = list(reader)
+                if reader.fieldnames != COLUMNS:
+                    raise UserError(f"{path} is no table of this program: pass another --table.")
+
+    def check(self, jobs):
+        """Raises UserError where a result that is wanted is there already, by another command."""
+        wanted = {key: job.command for job in jobs for key in job.rows()}
+        for row in self.rows:
+            key = tuple(row[column] for column in COLUMNS[:4])
+            if wanted.get(key, row["command"]) != row["command"]:
+                raise UserError(f"{self.path} is of other commands: pass another --table. {row['command']}")
+
+    def add(self, job, outcome, fit, commit):
+        """The rows of a run's agents, and the file anew: a reader finds all of them or none."""
+        logged, result, rows = outcome["logged"], outcome["result"], []
+        for name, key in zip(job.agents, job.rows(), strict=True):
+            steps, scores = logged[f"{name}/score"]
+            curves = {"step": steps}
+            for series, (at, values) in logged.items():
+                if series.startswith(f"{name}/") and at == steps:  # logged with a score; losses have steps of their own
+                    curves[series.removeprefix(f"{name}/")] = values
+            row = [*key, statistics.mean(scores[-5:]), result[name]["score"], logged[f"{name}/seconds"][1][-1]]
+            row += [(fit or outcome)["logged"]["quantizer/seconds"][1][-1] if key[2] else ""]
+            row += [result["data_score"], result["provenance"], outcome["host"], commit, job.command]
+            row = [f"{value:.6g}" if isinstance(value, float) else value for value in [*row, json.dumps(curves)]]
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
+        self.rows += rows
+        self.rows.sort(key=lambda row: [row[column] for column in COLUMNS[:4]])
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(self.path, text.getvalue())
+        return rows
+
+
+class Fits:
+    """Fitted quantizers on this machine's disk, by the command that fits them, for when a table goes on."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def path(self, command):
+        return self.folder / f"{hashlib.sha1(command.encode()).hexdigest()[:12]}.json"
+
+    def save(self, command, outcome):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(self.path(command).with_suffix(".pt"), lambda file: file.write(outcome["checkpoint"]))
+        write_file(self.path(command), {"command": command} | outcome | {"checkpoint": None})
+
+    def load(self, command):
+        """What `execute` returned when that command ran, or None."""
+        if not self.path(command).exists():
+            return None
+        checkpoint = self.path(command).with_suffix(".pt").read_bytes()
+        return json.loads(self.path(command).read_text()) | {"checkpoint": checkpoint}
+
+
+def run_all(jobs, table, options):
+    """Runs every job whose results the table lacks. Returns what failed, {command: why}."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is missing: pip install -r requirements-benchmarks.txt.") from None
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # The code as it is now goes to every machine, this one included: what is edited meanwhile does not change a table.
+    sent = {"working_dir": str(ROOT), "excludes": ["/.git", "/.venv", "/runs", "/tests", "/wandb"]}
+    ray.init(options.address, runtime_env=sent, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    task = ray.remote(execute).options(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=3)
+    threads, data = max(1, round(options.cpus_per_run)), options.data and str(options.data.resolve())
+
+    done, fits = {row["command"] for row in table.rows}, Fits(options.fits)
+    todo = {command for command in jobs if command not in done}
+    needed = {jobs[command].fit for command in todo}
+    started, waiting = {None: None}, {}  # references by command; jobs by reference, as long as Ray works on them
+    for command, job in jobs.items():
+        if command in needed and (kept := fits.load(command)):
+            started[command] = ray.put(kept)
+        elif command in todo or command in needed:
+            started[command] = task.remote(command, started[job.fit], data, threads)
+        if command in todo and command in started:
+            waiting[started[command]] = job
+
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    failed, commit = {}, run.stdout.strip()
+    for _ in tqdm(range(len(waiting)), options.name, dynamic_ncols=True):
+        (ready,), _ = ray.wait(list(waiting))
+        job = waiting.pop(ready)
+        try:
+            outcome, fit = ray.get([ready, started[job.fit]]) if job.fit else (ray.get(ready), None)
+        except ray.exceptions.RayError as error:  # its workers died, one after the other
+            outcome = {"error": one_line(error)}
+        if outcome["error"]:
+            failed[job.command] = outcome["error"]
+            continue
+        if job.command in needed:
+            fits.save(job.command, outcome)
+        for row in table.add(job, outcome, fit, commit):
+            name = " ".join([row["agent"], row["quantizer"]])
+            tqdm.write(f"{row['task']:30}{name:30} seed {row['seed']}: {float(row['score']):7.1f}")
+    ray.shutdown()
+    return failed
+
+
+def estimate(jobs):
+    """Prints every command with the core-hours of its updates, by the steps a second that speed.py has measured."""
+    with open(RESULTS / "speed.csv", newline="") as file:
+        rates = {row["update"]: float(row["steps_per_second"]) for row in csv.DictReader(file)}
+    total, unknown = 0.0, set()
+    for job in jobs.values():
+        words = job.command.split()
+        flags = dict(zip(words, words[1:], strict=False))  # --steps -> its number
+        updates = dict.fromkeys(job.agents, "--steps")
+        if "--use-prior" in words:
+            updates = {f"{flags['--quantizer']} fit": "--vq-steps"}
+        hours = sum(int(flags[steps]) / rates[update] / 3600 for update, steps in updates.items() if update in rates)
+        unknown |= updates.keys() - rates.keys()
+        total += hours
+        print(f"{hours:8.2f} h  {job.command}")
+    results = sum(len(job.agents) for job in jobs.values())
+    print(f"{len(jobs)} runs, {results} results, {total:.0f} core-hours of updates; evaluations come on top.", end="")
+    print(f" Not timed: {', '.join(sorted(unknown))}." if unknown else "")
+
+
+def main():
+    options = tyro.cli(Options, description=__doc__)
+    if options.seeds < 1 or (options.steps is not None and options.steps < 1):
+        raise UserError("seeds and steps must be 1 at least.")
+    jobs = make_jobs(options)
+    if not jobs:
+        raise UserError(f"{options.name} has no such task, agent or quantizer: PLANS in {__file__} has what it has.")
+    if options.dry_run:
+        return estimate(jobs)
+    table = options.table or RESULTS / f"{options.name}.csv"
+    try:
+        with FileLock(f"{table}.lock", timeout=0):
+            table = Table(table)
+            table.check(jobs.values())
+            failed = run_all(jobs, table, options)
+    except Timeout:
+        raise UserError(f"another process is writing {table}.") from None
+    print(f"results: {table.path}. Tables and figures: python benchmarks/plot.py {table.path}")
+    for command, error in failed.items():
+        print(f"failed: {command}\n    {error}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    exit_in_words(main)
