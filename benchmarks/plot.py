@@ -12,13 +12,14 @@ NAME.md: means over seeds, the interquartile mean over tasks, the same after som
 
 One column a family of algorithms: agents over codes solid, their continuous twins dashed. Statistics over tasks are
 rliable's (Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021, arXiv:2108.13264). Where
-they mix tasks, a score becomes 0 for D4RL's random policy and 1 for its expert, or for the data's own episodes where
-these are better, and is clipped: no task then weighs more than another, whoever else is in the table.
+they mix tasks, scores are divided by 100, D4RL's expert, or by that of the data's own episodes where it is higher, and
+clipped to [0, 1]: no task weighs more than another, and no agent's number depends on who else is in the table.
 
 Needs requirements-benchmarks.txt.
 """
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -39,23 +40,39 @@ from matplotlib.transforms import offset_copy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from vqvae import UserError, exit_in_words, write_file
 
+# What papers print, and the tasks that their means are over.
 PUBLISHED = Path(__file__).parent / "results" / "paper.csv"
+SUITES = {
+    "locomotion average": ("halfcheetah-", "hopper-", "walker2d-"),
+    "antmaze average": ("antmaze-",),
+    "adroit average": ("door-", "hammer-", "pen-", "relocate-"),
+    "kitchen average": ("kitchen-",),
+    "robomimic average": ("lift-", "can-", "square-", "tool-hang-", "transport-"),
+    "medium-replay average": ("halfcheetah-", "hopper-", "walker2d-"),
+}
 
 # Agents of one panel, by what their names have in common; one that is not listed belongs to what follows "saq_".
 FAMILIES = {"td3_bc": "rebrac", "ifql": "fql", "gaussian_bc": "bc", "bc_gmm": "bc"}
 ORDER = ["cql", "iql", "brac", "bc", "awac", "bear", "spot", "rebrac", "fql"]
 QUANTIZERS = ["vqvae", "mixture", "hard-mixture", "aquadem"]
-# Okabe and Ito's colours, which the colour-blind tell apart; lines of equal colour are never in one panel.
-BLUE, RED, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"
+# Okabe and Ito's colours, which the colour-blind tell apart. Variants of a quantizer take those that a table leaves.
+BLUE, RED, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 CODES = dict(zip(QUANTIZERS, [BLUE, RED, ORANGE, GREEN], strict=True))
 TWINS = {"gaussian_bc": (PURPLE, "-."), "td3_bc": (PURPLE, "-."), "ifql": (PURPLE, "-."), "bc_gmm": ("grey", ":")}
-# What agents log of a quantity that is exact over codes and sampled over actions: name, families, title of the panel.
+# What is exact over codes and estimated over actions. Figure: the quantity, whose name begins those of its series in
+# `curves`; the family that charges it; the title of a panel; what to know when reading it.
 EXACT = {
-    "figure2": ("penalty", "cql", "conservative penalty"),
-    "kl": ("kl", "brac", "KL from the data's policy"),
-    "mmd": ("mmd", "bear", "root of MMD² from the data"),
+    "figure2": (
+        "penalty",
+        "cql",
+        "conservative penalty",
+        "Logs of a sum and of an integral: compare gaps, not levels.",
+    ),
+    "kl": ("kl", "brac", "KL from the data's policy", "Of shares of codes, and of densities: compare courses."),
+    "mmd": ("mmd", "bear", "root of MMD² from the data", "Over a few draws it is not 0 even between equal policies."),
 }
-PAGE = 5, 6  # columns and rows of panels that a figure can hold at the width of a README
+SERIES = {"exact": ("-", "exact"), "100_draws": ("--", "from 100 draws"), "sampled": (":", "from samples")}
+PAGE = 5, 6  # columns and rows of panels that are readable at the width of a README
 
 
 @dataclass
@@ -72,7 +89,7 @@ class Run(NamedTuple):
 
     task: str
     agent: str
-    quantizer: str  # empty: an agent without codes
+    quantizer: str  # and the flags of a variant, "vqvae --num-codes 16"; empty: an agent without codes
     seed: int
     score: float  # mean of the last five evaluations
     final: float  # of the final episodes
@@ -161,10 +178,12 @@ def family(agent):
 
 
 def rank(run):
-    """Sorts agents: by family, those over codes before their twins."""
+    """Sorts agents: by family, those over codes before their twins, variants by the numbers in their flags."""
     place = ORDER.index(family(run.agent)) if family(run.agent) in ORDER else len(ORDER)
-    kind = QUANTIZERS.index(run.quantizer) if run.quantizer in QUANTIZERS else len(QUANTIZERS)
-    return place, family(run.agent), kind, run.quantizer, list(TWINS).index(run.agent) + 1 if run.agent in TWINS else 0
+    kind, numbers = run.quantizer.split(" ")[0], [int(word) for word in run.quantizer.split() if word.isdigit()]
+    kinds = [*QUANTIZERS, kind] if kind else [*QUANTIZERS, None, kind]
+    twin = [*TWINS].index(run.agent) if run.agent in TWINS else -1
+    return place, family(run.agent), kinds.index(kind), numbers, run.quantizer, twin
 
 
 def by_label(runs):
@@ -193,20 +212,21 @@ def score_after(run, seconds):
 
 
 def normalise(score, run):
-    """0: D4RL's random policy; 1: its expert, or the data's own episodes where they are better. Clipped."""
+    """0: D4RL's random policy, or no success; 1: its expert, or the data's own episodes where they score more."""
     return min(max(score / max(100.0, run.data_score), 0.0), 1.0)
 
 
 def normalised_scores(runs, score):
-    """{label: (seeds, tasks)} of agents that have all tasks, over the seeds that they have in all of them. Tasks whose
-    score is a return have no 0 and 1, and are left out. `score(run)` may be None."""
+    """{label: (seeds, tasks)} of agents that have all tasks, over the seeds that they have in all of them; none where
+    `score(run)` is None for one of theirs. Tasks whose score is a return have no 0 and 1, and are left out."""
     runs = [run for run in runs if "The score is the return" not in run.provenance]
     tasks, matrices = list(dict.fromkeys(run.task for run in runs)), {}
     for label, own in by_label(runs).items():
-        scores = {(run.seed, run.task): normalise(score(run), run) for run in own if score(run) is not None}
+        scores = {(run.seed, run.task): score(run) for run in own}
         seeds = [seed for seed in sorted({run.seed for run in own}) if all((seed, task) in scores for task in tasks)]
-        if seeds:
-            matrices[label] = np.array([[scores[seed, task] for task in tasks] for seed in seeds])
+        if seeds and None not in scores.values():
+            known = {(run.seed, run.task): normalise(scores[run.seed, run.task], run) for run in own}
+            matrices[label] = np.array([[known[seed, task] for task in tasks] for seed in seeds])
     return matrices
 
 
@@ -250,8 +270,8 @@ def performance_profiles(matrices, taus, reps):
 
 
 def make_table(runs, score, reps):
-    """Markdown: agents by tasks, mean over seeds ± standard error, and the interquartile mean over tasks. Bold: the best
-    of a column and what lies within its standard error (its interval) of it. `score(run)` may be None: a mean that
+    """Markdown: agents by tasks, mean over seeds ± standard error, and the interquartile mean over tasks. Bold: the
+    best of a column and what lies within its standard error (its interval) of it. `score(run)` may be None: a mean that
     lacks seeds would favour the fast ones, so its cell is empty."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     columns = {task: {} for task in tasks}
@@ -297,30 +317,55 @@ def seeds_of(runs):
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
+def published_name(run):
+    """What results/paper.csv calls an agent; None where no paper has the like."""
+    kind, _, variant = run.quantizer.partition(" ")
+    name = {"": run.agent, "vqvae": run.agent, "aquadem": run.agent.replace("saq_", "aquadem_")}.get(kind)
+    ending = {"": "", "--no-action-only": "", "--action-only": "_action_only"}
+    ending |= {f"--num-codes {k}": f"_k{k}" for k in (16, 32, 64, 128)}
+    return name + ending[variant] if name and variant in ending else None
+
+
 def published_table(runs):
-    """Markdown: what papers print of these tasks and agents, beside ours. Corrected are averages that differ from those
-    of the rows above them, and, by conjecture, rows that were mixed up; `source` says which."""
+    """Markdown: what papers print of these tasks and agents, and of means over suites where all their tasks are here,
+    beside ours. `corrected` and `source` are results/paper.csv's: averages that differ from those of the rows above
+    them and, said to be conjecture, rows that were mixed up."""
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         published = list(csv.DictReader(file))
+    ours, substitutes = {}, {run.task for run in runs if is_substitute(run)}
+    for run in sorted(runs, key=rank):
+        ours.setdefault((run.task, run.label), []).append(run)
+    results = {key: (published_name(own[0]), *mean_and_error([run.score for run in own])) for key, own in ours.items()}
+    for table, suite in dict.fromkeys((row["table"], row["task"]) for row in published if row["task"] in SUITES):
+        table = "table5" if table == "table1" else table  # whose suites Table 1 averages
+        names = {row["task"] for row in published if row["table"] == table}
+        tasks = [task for task in names if task.startswith(SUITES[suite]) and task not in SUITES]
+        for label in by_label(runs):
+            parts = [results.get((task, label)) for task in tasks]
+            if None not in parts:
+                mean, error = sum(part[1] for part in parts), math.hypot(*(part[2] for part in parts))
+                results[suite, label] = parts[0][0], mean / len(tasks), error / len(tasks)
+                substitutes |= {suite} if substitutes & set(tasks) else set()
     lines = ["| task | agent | here | published | corrected | source |", "|---|---|---|---|---|---|"]
-    for task in dict.fromkeys(run.task for run in runs):
-        for label, own in by_label(run for run in runs if run.task == task).items():
-            name, kind = own[0].agent, own[0].quantizer
-            name = {"": name, "vqvae": name, "aquadem": name.replace("saq_", "aquadem_")}.get(kind)
-            mean, error = mean_and_error([run.score for run in own])
-            ours = f"{mean:.1f}" + f" ± {error:.1f}" * (len(own) > 1) + " †" * is_substitute(own[0])
-            for row in published:
-                if (row["task"], row["agent"]) == (task, name):
-                    cells = task, label, ours, row["score"], row["corrected"], row["source"]
-                    lines.append("| " + " | ".join(cells) + " |")
+    order = [*dict.fromkeys(run.task for run in runs), *SUITES]
+    for (task, label), (name, mean, error) in sorted(results.items(), key=lambda item: order.index(item[0][0])):
+        here = f"{mean:.1f}" + f" ± {error:.1f}" * bool(error) + " †" * (task in substitutes)
+        for row in published:
+            if (row["task"], row["agent"]) == (task, name):
+                cells = task, label, here, row["score"], row["corrected"], row["source"]
+                lines.append("| " + " | ".join(cells) + " |")
     return lines if len(lines) > 2 else ["None is published of these tasks and agents."]
 
 
-RULES = """\
-Means over seeds ± standard error. Bold: the best of a column and what lies within its standard error. IQM: interquartile
-mean over tasks and seeds, and the 95% interval of a stratified bootstrap (rliable), of agents that have all tasks; bold:
-the best and what lies within its interval. For it, 0 is D4RL's random policy and 1 its expert or, where they score more,
-the data's own episodes; clipped. †: the data stand in for those that the task is named after.
+NORMALISED = (
+    "Normalised: divided by 100 (D4RL's expert; every episode a success) or, where it is higher, by the score of the "
+    "data's own episodes, and clipped to [0, 1]."
+)
+RULES = f"""\
+Means over seeds ± standard error. Bold: the best of a column and what lies within its standard error. IQM: the
+interquartile mean of normalised scores over tasks and seeds, and the 95% interval of a stratified bootstrap (rliable),
+of agents that have all tasks; bold: the best and what lies within its interval. {NORMALISED}
+†: the data stand in for those that the task is named after.
 """
 TIME_RULES = """\
 The score of the last evaluation that was done by then, the seconds of the quantizer's fit included and those of
@@ -351,15 +396,16 @@ def write_page(name, runs, options):
 def look(run):
     """Colour and line of an agent, the same in every figure: solid over codes, dashed without."""
     if run.quantizer:
-        return {"color": CODES.get(run.quantizer, "grey"), "linestyle": "-"}
+        return {"color": CODES[run.quantizer], "linestyle": "-"}
     color, line = TWINS.get(run.agent, ("black", "--"))
     return {"color": color, "linestyle": line}
 
 
-def panels(rows, titles, legend=0, height=1.45, **share):
-    """A figure as wide as a README, and its axes: so many rows (R, C), a column for each title. legend: lines to leave
-    room for below them."""
-    figure = Figure(figsize=(9, 1.2 + height * rows + 0.16 * legend), layout="constrained", dpi=150)
+def panels(rows, titles, legends=(), height=1.45, **share):
+    """A figure as wide as a README, and its axes: so many rows (R, C), a column for each title. Below them is room for
+    legends, one for each column."""
+    lines = max(map(len, legends), default=0)
+    figure = Figure(figsize=(9, 1.2 + height * rows + 0.16 * lines), layout="constrained", dpi=150)
     axes = figure.subplots(rows, len(titles), squeeze=False, **share)
     for panel in axes.flat:
         panel.tick_params(labelsize=7)
@@ -377,18 +423,13 @@ def caption(figure, runs, text):
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color="#444444")
 
 
-def most_labels(runs, column):
-    """How many lines the longest legend of a figure has; `column(run)` is the column that a run is shown in."""
-    columns = [column(run) for run in {run.label: run for run in runs}.values()]
-    return max(columns.count(name) for name in columns)
-
-
-def name_lines(panel, runs):
-    """The legend of a column, below its last panel and that panel's label."""
-    handles = [Line2D([], [], label=label, **look(own[0])) for label, own in by_label(runs).items()]
-    below = offset_copy(panel.transAxes, panel.figure, y=-0.42, units="inches")
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0)
-    panel.legend(handles=handles, fontsize=7, frameon=False, handlelength=2.2, **place)
+def name_lines(axes, legends):
+    """Under each column its legend, below the label of its last panel: {name: how its line looks} for each."""
+    for panel, lines in zip(axes[-1], legends, strict=True):
+        handles = [Line2D([], [], label=name, **style) for name, style in lines.items()]
+        below = offset_copy(panel.transAxes, panel.figure, y=-0.42, units="inches")
+        place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0)
+        panel.legend(handles=handles, fontsize=7, frameon=False, handlelength=2.2, **place)
 
 
 def label_steps(panel):
@@ -442,8 +483,8 @@ def learning_curves(runs, over):
 
 
 def curves_page(runs, tasks, names, over):
-    rows, titles = most_labels(runs, lambda run: family(run.agent)), [name.upper() for name in names]
-    figure, axes = panels(len(tasks), titles, rows, sharex=True, sharey="row")
+    legends = [{run.label: look(run) for run in sorted(runs, key=rank) if family(run.agent) == name} for name in names]
+    figure, axes = panels(len(tasks), [name.upper() for name in names], legends, sharex=True, sharey="row")
     for i, task in enumerate(tasks):
         axes[i, 0].set_ylabel(f"{wrap_task(task)}\nscore", fontsize=7)
         for panel, name in zip(axes[i], names, strict=True):
@@ -453,9 +494,9 @@ def curves_page(runs, tasks, names, over):
                 draw_band(panel, steps if over == "steps" else seconds, scores, **look(group[0]))
             for run in own[:1]:
                 panel.axhline(run.data_score, color="grey", linewidth=0.8, zorder=0)
-    for panel, name in zip(axes[-1], names, strict=True):
+    for panel in axes[-1]:
         label_steps(panel) if over == "steps" else label_seconds(panel, runs)
-        name_lines(panel, [run for run in runs if family(run.agent) == name])
+    name_lines(axes, legends)
     later = "" if over == "steps" else " The fit of a quantizer comes first, so its agents begin later."
     caption(figure, runs, f"Mean score over seeds, band: ± standard error; grey: the data's own episodes.{later}")
     return figure
@@ -474,60 +515,65 @@ def interval_figure(runs, means):
     panel.set_yticks(range(len(means)), means, fontsize=8)
     panel.set_ylim(len(means) - 0.4, -0.6)
     panel.set_xlabel("interquartile mean of normalised scores", fontsize=8)
-    text = "Circles: over codes, diamonds: continuous; bars: 95% of stratified bootstrap samples. 0: D4RL's random"
-    caption(figure, runs, f"{text} policy, 1: its expert, or the data's own episodes where they score more.")
+    text = "Circles: over codes, diamonds: continuous; bars: 95% of stratified bootstrap samples."
+    caption(figure, runs, f"{text} {NORMALISED}")
     return figure
 
 
 def profile_figures(runs, profiles, taus):
     """Figures of the share of runs above each score: a column a family, as many as it takes."""
-    runs = [run for run in runs if run.label in profiles]
-    names = list(dict.fromkeys(family(run.agent) for run in sorted(runs, key=rank)))
+    runs = [run for run in sorted(runs, key=rank) if run.label in profiles]
+    names = list(dict.fromkeys(family(run.agent) for run in runs))
     for left in range(0, len(names), PAGE[0]):
         columns = names[left : left + PAGE[0]]
-        rows = most_labels([run for run in runs if family(run.agent) in columns], lambda run: family(run.agent))
-        figure, axes = panels(1, [name.upper() for name in columns], rows, height=2.0, sharex=True, sharey=True)
-        for panel, name in zip(axes[0], columns, strict=True):
-            own = [run for run in runs if family(run.agent) == name]
-            for label, group in by_label(own).items():
-                style, (shares, bounds) = look(group[0]), profiles[label]
+        legends = [{run.label: look(run) for run in runs if family(run.agent) == name} for name in columns]
+        titles = [name.upper() for name in columns]
+        figure, axes = panels(1, titles, legends, height=2.0, sharex=True, sharey=True)
+        for panel, lines in zip(axes[0], legends, strict=True):
+            for label, style in lines.items():
+                shares, bounds = profiles[label]
                 panel.plot(taus, shares, linewidth=1.4, **style)
                 panel.fill_between(taus, *bounds, color=style["color"], alpha=0.18, linewidth=0)
             panel.set_xlabel("normalised score τ", fontsize=8)
-            name_lines(panel, own)
         axes[0, 0].set_ylabel("share of runs above τ", fontsize=8)
-        text = "Bands: 95% of stratified bootstrap samples. τ = 0: D4RL's random policy, 1: its expert, or the data's"
-        caption(figure, runs, f"{text} own episodes where they score more.")
+        name_lines(axes, legends)
+        caption(figure, runs, f"Bands: 95% of stratified bootstrap samples. {NORMALISED}")
         yield figure
 
 
-def exact_figures(runs, quantity, name, title):
-    """Figures of what is exact over codes and estimated from samples over actions, in the course of training: a row a
-    task, the agent over codes beside its twin."""
-    runs = [run for run in runs if family(run.agent) == name and f"{quantity}_exact" in run.curves]
+def exact_figures(runs, quantity, name, title, note):
+    """Figures of what is exact over codes and estimated over actions, in the course of training: a row a task, the
+    agent over codes beside its twin."""
+    series = {f"{quantity}_{kind}": (line, words) for kind, (line, words) in SERIES.items()}
+    runs = [run for run in sorted(runs, key=rank) if family(run.agent) == name and series.keys() & run.curves.keys()]
     tasks = list(dict.fromkeys(run.task for run in runs))
     for top in range(0, len(tasks), PAGE[1]):
         rows = tasks[top : top + PAGE[1]]
         shown = [run for run in runs if run.task in rows]
-        agents = list(dict.fromkeys(run.agent for run in sorted(shown, key=rank)))
-        lines = most_labels(shown, lambda run: run.agent)
-        figure, axes = panels(len(rows), [f"{agent}: {title}" for agent in agents], lines, sharex=True)
+        agents, legends = list(dict.fromkeys(run.agent for run in shown)), []
+        for agent in agents:
+            own = [run for run in shown if run.agent == agent]
+            legends.append(
+                {
+                    f"{run.label}: {words}": look(run) | {"linestyle": line}
+                    for run in own
+                    for key, (line, words) in series.items()
+                    if key in run.curves
+                }
+            )
+        figure, axes = panels(len(rows), [f"{agent}: {title}" for agent in agents], legends, sharex=True)
         for i, task in enumerate(rows):
             axes[i, 0].set_ylabel(wrap_task(task), fontsize=7)
             for panel, agent in zip(axes[i], agents, strict=True):
-                own = [run for run in shown if (run.task, run.agent) == (task, agent)]
-                for group in by_label(own).values():
-                    for series, line in (f"{quantity}_exact", "-"), (f"{quantity}_sampled", ":"):
-                        if all(series in run.curves for run in group):
-                            steps, _, values = align(group, series)
+                for group in by_label(run for run in shown if (run.task, run.agent) == (task, agent)).values():
+                    for key, (line, _) in series.items():
+                        if all(key in run.curves for run in group):
+                            steps, _, values = align(group, key)
                             draw_band(panel, steps, values, **look(group[0]) | {"linestyle": line})
-        for panel, agent in zip(axes[-1], agents, strict=True):
+        for panel in axes[-1]:
             label_steps(panel)
-            name_lines(panel, [run for run in shown if run.agent == agent])
-        text = (
-            "Solid: exact; dotted: as samples estimate it. Mean over seeds, band: ± standard error. Sums over codes and"
-        )
-        caption(figure, shown, f"{text} integrals over actions have different zeros: compare gaps, not levels.")
+        name_lines(axes, legends)
+        caption(figure, shown, f"Mean over seeds, band: ± standard error. {note}")
         yield figure
 
 
@@ -535,23 +581,27 @@ def exact_figures(runs, quantity, name, title):
 
 
 def draw(runs, reps):
-    """(name, figure) of everything that these runs have."""
+    """(name, figures) of everything that these runs have."""
+    kinds = list(dict.fromkeys(run.quantizer for run in sorted(runs, key=rank) if run.quantizer))
+    free = [color for color in (BLUE, RED, ORANGE, GREEN, SKY, PURPLE) if color not in map(CODES.get, kinds)]
+    variants = [kind for kind in kinds if kind not in CODES]
+    CODES.update(zip(variants, itertools.cycle(free or ["grey"]), strict=False))
     for over in ("steps", "seconds"):
         yield over, learning_curves(runs, over)
     if matrices := normalised_scores(runs, lambda run: run.score):
         taus = np.linspace(0, 1, 101)
         yield "iqm", [interval_figure(runs, interquartile_means(matrices, reps))]
         yield "profiles", profile_figures(runs, performance_profiles(matrices, taus, reps), taus)
-    for name, (quantity, of, title) in EXACT.items():
-        yield name, exact_figures(runs, quantity, of, title)
+    for kind, words in EXACT.items():
+        yield kind, exact_figures(runs, *words)
 
 
 def main():
     options = tyro.cli(Options, description=__doc__)
     if options.reps < 1 or not all(0 < minutes < math.inf for minutes in options.minutes):
         raise UserError("reps and minutes must be positive numbers.")
-    load_rliable()
     runs = read(options.table)
+    load_rliable()
     folder, name = options.out or options.table.parent, options.table.stem
     folder.mkdir(parents=True, exist_ok=True)
     page = write_page(name, runs, options)
