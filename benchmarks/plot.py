@@ -62,12 +62,7 @@ TWINS = {"gaussian_bc": (PURPLE, "-."), "td3_bc": (PURPLE, "-."), "ifql": (PURPL
 # What is exact over codes and estimated over actions. Figure: the quantity, whose name begins those of its series in
 # `curves`; the family that charges it; the title of a panel; what to know when reading it.
 EXACT = {
-    "figure2": (
-        "penalty",
-        "cql",
-        "conservative penalty",
-        "Logs of a sum and of an integral: compare gaps, not levels.",
-    ),
+    "figure2": ("penalty", "cql", "conservative penalty", "Logs of a sum and an integral: compare gaps, not levels."),
     "kl": ("kl", "brac", "KL from the data's policy", "Of shares of codes, and of densities: compare courses."),
     "mmd": ("mmd", "bear", "root of MMD² from the data", "Over a few draws it is not 0 even between equal policies."),
 }

@@ -420,6 +420,9 @@ def test_seeds_are_no_mixture_of_commands(tmp_path):
     rows = [row("t", "cql", "", seed, 1.0) for seed in (1, 10)]
     rows += [row("t", "iql", "", seed, 1.0, command=f"python saq_iql.py --seed={seed}") for seed in (1, 10)]
     assert len(plot.read(write(tmp_path / "t.csv", rows))) == 4
+    lies = [row("t", "cql", "", seed, 1.0, command=f"python saq_cql.py --seed {seed}0") for seed in (1, 2)]
+    with pytest.raises(UserError, match="seed 2 has '20' in place of '10'"):
+        plot.read(write(tmp_path / "t.csv", lies))
 
 
 @pytest.mark.parametrize(
