@@ -1,7 +1,7 @@
 """The updates of other implementations, at the sizes of speed.py, where they can be imported.
 
 `d3rlpy`: pip install d3rlpy. `saq_official`: a checkout of jianlanluo/SAQ, with jax, flax, optax, distrax and
-ml_collections installed. `corl`: a checkout of tinkoff-ai/CORL. Each function returns {phase: function that takes one
+ml_collections installed. `corl`: a checkout of tinkoff-ai/CORL. Each function returns {update: function that takes one
 gradient step}. What only their command lines need (gym, D4RL, trackers) is left out: nothing here runs it.
 """
 
@@ -38,10 +38,10 @@ def d3rlpy_updates(obs_dim, action_dim, num_codes, device):
 
     data, rng = random_data(obs_dim, action_dim), np.random.default_rng(0)
     encoder = {512: d3rlpy.models.VectorEncoderFactory([512, 512]), 256: d3rlpy.models.VectorEncoderFactory([256, 256])}
-    kinds = {"SAQ-CQL": d3rlpy.ActionSpace.DISCRETE, "CQL": d3rlpy.ActionSpace.CONTINUOUS}
+    kinds = {"saq_cql": d3rlpy.ActionSpace.DISCRETE, "cql": d3rlpy.ActionSpace.CONTINUOUS}
     updates = {}
-    for phase, kind in kinds.items():
-        if phase == "SAQ-CQL":
+    for update, kind in kinds.items():
+        if update == "saq_cql":
             actions = rng.integers(num_codes, size=(ROWS, 1))
             config = d3rlpy.algos.DiscreteCQLConfig(batch_size=BATCH, encoder_factory=encoder[512])
         else:
@@ -53,7 +53,7 @@ def d3rlpy_updates(obs_dim, action_dim, num_codes, device):
         dataset = d3rlpy.dataset.MDPDataset(*columns, action_space=kind)
         algo = config.create(device=f"{device.type}:0")
         algo.build_with_dataset(dataset)
-        updates[phase] = lambda algo=algo, dataset=dataset: algo.update(dataset.sample_transition_batch(BATCH))
+        updates[update] = lambda algo=algo, dataset=dataset: algo.update(dataset.sample_transition_batch(BATCH))
     return updates
 
 
@@ -81,7 +81,7 @@ def saq_official_updates(folder, obs_dim, action_dim, num_codes):
 
         return update
 
-    return {"quantizer fit": step(vqn.train_vqvae), "SAQ-CQL": step(vqn.train_dqn), "CQL": step(cql.train)}
+    return {"vqvae fit": step(vqn.train_vqvae), "saq_cql": step(vqn.train_dqn), "cql": step(cql.train)}
 
 
 def corl_updates(folder, obs_dim, action_dim):
@@ -107,4 +107,4 @@ def corl_updates(folder, obs_dim, action_dim):
         rows = torch.randint(ROWS, (BATCH,))
         learner.train([column[rows] for column in columns])
 
-    return {"IQL": step}
+    return {"iql": step}

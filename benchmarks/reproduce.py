@@ -205,7 +205,7 @@ def make_command(script, task, seed, flags, options):
     if script in NO_QUANTIZER:
         del budget["vq_steps"]
     if "--use-prior" in flags:
-        budget |= dict(steps=1, eval_every=1)  # there is nothing to learn but the quantizer
+        budget["steps"] = 1  # there is nothing to learn but the quantizer
     words = [f"python {script}.py --env {task} --seed {seed}", flags]
     words += [f"--{name.replace('_', '-')} {value}" for name, value in budget.items()]
     if options.paper:

@@ -1,12 +1,12 @@
-"""Gradient steps per second of each phase of each script, and the share they reach of what matrix products do alone.
+"""Gradient steps per second of each update of each script, and the share they reach of what matrix products do alone.
 
     python benchmarks/speed.py
     python benchmarks/speed.py --to 112 --dataset-path hopper_expert-d4rlsim.hdf5      # seconds until a score
 
-A phase, its products, and the phase in bfloat16 where the device has it, are timed in turn, in short bursts, and
-shares are medians over the bursts: on a shared machine absolute speeds drift, ratios taken within one run hold. Sizes:
-hopper's 11 observations and 3 actions, 64 codes, batch 256. Beside them the steps of others: of d3rlpy where it is
-installed, and of the checkouts that --saq-official and --corl name (others.py says what they need).
+An update, its matrix products alone, and the update in bfloat16 where the device has it, are timed in turn, in short
+bursts, and shares are medians over the bursts: on a shared machine absolute speeds drift, ratios within one run hold.
+Sizes: hopper's 11 observations and 3 actions, 64 codes, batch 256. Beside them the steps of others: of d3rlpy where it
+is installed, and of the checkouts that --saq-official and --corl name (others.py says what they need).
 
 Then SAQ-CQL in as many processes of one thread each as there are cores, beside one process with all threads; and a file
 in D4RL's layout is loaded, in a process of its own: its seconds beside those that h5py takes to read the arrays, and
@@ -15,6 +15,7 @@ its peak memory.
 
 import dataclasses
 import importlib.util
+import math
 import multiprocessing
 import os
 import statistics
@@ -30,17 +31,24 @@ import numpy as np
 import others
 import torch
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "baselines"))
+import awac
+import bear
+import fql
+import rebrac
+
+# import spot
 import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
 from vqvae import (
+    QUANTIZERS,
     ActionVQVAE,
-    Aquadem,
     Linear,
-    Mixture,
     Transitions,
     accelerate,
     fit,
@@ -52,7 +60,7 @@ from vqvae import (
     with_compile,
 )
 
-OBS, ACTIONS, CODES, BATCH, SAMPLES = 11, 3, 64, 256, 31
+OBS, ACTIONS, CODES, BATCH = 11, 3, 64, 256
 
 
 @dataclass
@@ -64,6 +72,7 @@ class Options:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     saq_official: Path | None = None  # a checkout of jianlanluo/SAQ, to time its steps as well
     corl: Path | None = None  # a checkout of tinkoff-ai/CORL, to time its IQL as well
+    table: Path | None = None  # a CSV for the rates; reproduce.py estimates hours by benchmarks/results/speed.csv
     # --- In place of all that ---
     to: float | None = None  # the score that SAQ-CQL, then CQL, are to reach in two evaluations in a row, on one core
     env: str = "hopper-expert-v2"  # on this task
@@ -76,64 +85,33 @@ class Options:
     limit: float = 1_200.0  # seconds of its own after which an agent has failed
 
 
-# --- The matrix products of one step: (rows, inner, columns) of each ---
+# --- The matrix products of one step ---
 
 
-def forward(sizes, rows=BATCH):
-    return [(rows, fan_in, fan_out) for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)]
+class Products(TorchDispatchMode):
+    """Notes the sizes (rows, inner, columns) of every matrix product that is done inside, backward passes included."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in PRODUCTS:
+            a, b = args[-2:]  # of addmm and baddbmm the last two as well
+            self.sizes += math.prod(a.shape[:-2]) * [(*a.shape[-2:], b.shape[-1])]
+        return function(*args, **(kwargs or {}))
 
 
-def to_inputs(sizes, rows=BATCH):
-    """The gradient of each layer's input."""
-    return [(rows, fan_out, fan_in) for _, fan_in, fan_out in forward(sizes, rows)]
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
-def to_weights(sizes, rows=BATCH):
-    """The gradients of the weights; the first layer's input needs none."""
-    return [(fan_out, rows, fan_in) for _, fan_in, fan_out in forward(sizes, rows)] + to_inputs(sizes, rows)[1:]
-
-
-def train(sizes, rows=BATCH):
-    return forward(sizes, rows) + to_weights(sizes, rows)
-
-
-Q_K, V_512 = [OBS, 512, 512, CODES], [OBS, 512, 512, 1]  # SAQ's networks
-Q, V, POLICY, MEAN = (
-    [OBS + ACTIONS, 256, 256, 1],
-    [OBS, 256, 256, 1],
-    [OBS, 256, 256, 2 * ACTIONS],
-    [OBS, 256, 256, ACTIONS],
-)
-ENCODER, DECODER = [OBS + ACTIONS, 512, 512, 128], [OBS + 128, 512, 512, ACTIONS]
-MIXTURE, CANDIDATES, PRIOR = [OBS, 512, 512, CODES * (1 + ACTIONS)], [OBS, 256, 2560], [OBS, 512, 512, 10]
-HEADS = 10 * [(BATCH, 256, ACTIONS), (BATCH, ACTIONS, 256), (256, BATCH, ACTIONS)]  # ten candidates, and gradients
-PRODUCTS = {
-    "quantizer fit": train(ENCODER)
-    + train(DECODER)
-    + to_inputs(DECODER)[:1]
-    + train(Q_K)
-    + [(BATCH, 128, CODES), (BATCH, CODES, 128), (CODES, BATCH, 128)],  # distances, look-up, its gradient
-    "mixture fit": train(MIXTURE),
-    "Aquadem fit": train(CANDIDATES) + HEADS + train(PRIOR) + forward(CANDIDATES) + HEADS[::3],
-    "SAQ-CQL": train(Q_K) + 2 * forward(Q_K),
-    "SAQ-IQL": train(Q_K) + forward(Q_K) + train(V_512) + forward(V_512),
-    "SAQ-BRAC": 3 * train(Q_K) + 7 * forward(Q_K),
-    "SAQ-BC": train(Q_K),
-    "CQL": 2 * (train(Q, SAMPLES * BATCH) + forward(Q))
-    + 3 * forward(POLICY)
-    + train(POLICY)
-    + 2 * (forward(Q) + to_inputs(Q)),
-    "IQL": train(V) + 2 * forward(V) + train(MEAN) + 2 * forward(Q) + 2 * train(Q),
-    "BRAC": 2 * train(POLICY) + 3 * forward(POLICY) + 2 * (train(Q) + 2 * forward(Q) + to_inputs(Q)),
-    "BC": train(MEAN),
-}
-
-
-def multiply(phase, device):
-    """A function that does the products of one step of `phase`, each on operands of its own."""
+def multiply(update, device):
+    """A function that does the products of one `update`, each on operands of its own, and nothing else."""
+    with Products() as products:
+        update()
     operands = [
         (torch.rand(m, k, device=device), torch.rand(n, k, device=device).T, torch.empty(m, n, device=device))
-        for m, k, n in PRODUCTS[phase]
+        for m, k, n in products.sizes
     ]
 
     def step():
@@ -143,7 +121,7 @@ def multiply(phase, device):
     return fast(step, device, "off")  # on CUDA, products too are captured in one graph
 
 
-# --- The phases ---
+# --- The updates ---
 
 
 def fast(update, device, compile):
@@ -153,34 +131,40 @@ def fast(update, device, compile):
     return with_compile(update) if compile == "on" else update
 
 
-def phases(device, compile):
+def updates(device):
+    """One gradient step of each quantizer and agent, {name: function}, as reproduce.py names them."""
     rows = 100_000
-    obs, next_obs = torch.randn(2, rows, OBS, device=device)
+    obs = torch.randn(rows, OBS, device=device)
     actions, codes = torch.rand(rows, ACTIONS, device=device) * 2 - 1, torch.randint(CODES, (rows,), device=device)
-    data = Transitions(obs, actions, torch.rand(rows, device=device), next_obs, torch.zeros(rows, device=device), codes)
+    data = Transitions(
+        obs, actions, torch.rand(rows, device=device), obs.roll(-1, 0), torch.zeros_like(obs[:, 0]), codes
+    )
     with device:
-        vqvae, mixture, aquadem = ActionVQVAE(OBS, ACTIONS, CODES), Mixture(OBS, ACTIONS, CODES), Aquadem(OBS, ACTIONS)
+        quantizers = {kind: make(OBS, ACTIONS, 10 if kind == "aquadem" else CODES) for kind, make in QUANTIZERS.items()}
         agents = {}
-        for script in (saq_cql, saq_iql, saq_brac, saq_bc):
-            agents |= script.make_agents(OBS, ACTIONS, vqvae, script.Args())
+        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear):
+            agents |= script.make_agents(OBS, ACTIONS, quantizers["vqvae"], script.Args())
+        for script in (rebrac, fql):
+            agents |= script.make_agents(OBS, ACTIONS, script.Args())
+    with_next = rebrac.with_next_actions(data)
 
     def fit_step(quantizer):
         def step():
             batch = data.sample(BATCH)
             return quantizer.update(batch.obs, batch.actions)
 
-        return fast(step, device, compile)
+        return step
 
-    def learn_step(agent):
-        return fast(lambda: agent.update(data.sample(BATCH)), device, compile)
-
-    steps = {name.upper().replace("_", "-"): learn_step(agent) for name, agent in agents.items()}
-    fits = {"quantizer fit": vqvae, "mixture fit": mixture, "Aquadem fit": aquadem}
-    return {name: fit_step(quantizer) for name, quantizer in fits.items()} | steps
+    del quantizers["hard-mixture"]  # whose products are the mixture's
+    steps = {f"{kind} fit": fit_step(quantizer) for kind, quantizer in quantizers.items()}
+    for name, agent in agents.items():
+        seen = with_next if name in ("rebrac", "td3_bc") else data
+        steps[name] = lambda agent=agent, seen=seen: agent.update(seen.sample(BATCH))
+    return steps
 
 
 def other_updates(options, device):
-    """{phase: {name: function}} of the other implementations that can be imported."""
+    """{update: {name: function}} of the other implementations that can be imported."""
     found = {}
     if importlib.util.find_spec("d3rlpy"):
         found["d3rlpy"] = others.d3rlpy_updates(OBS, ACTIONS, CODES, device)
@@ -188,7 +172,8 @@ def other_updates(options, device):
         found["official"] = others.saq_official_updates(options.saq_official, OBS, ACTIONS, CODES)
     if options.corl:
         found["CORL"] = others.corl_updates(options.corl, OBS, ACTIONS)
-    return {phase: {name: steps[phase] for name, steps in found.items() if phase in steps} for phase in PRODUCTS}
+    names = sorted({update for steps in found.values() for update in steps})
+    return {update: {name: steps[update] for name, steps in found.items() if update in steps} for update in names}
 
 
 def rate(step, seconds, device):
@@ -206,7 +191,7 @@ def rate(step, seconds, device):
 def race(contenders, options, device):
     """Times functions in turn, in bursts. Returns by name the median of calls per second, and that of the first one's
     calls over its own."""
-    torch._dynamo.reset()  # it keeps eight graphs of a function at most; the updates of all phases are one to it
+    torch._dynamo.reset()  # it keeps eight graphs of a function at most; all updates are one to it
     rates = {name: [] for name in contenders}
     for turn in range(1 + options.rounds):
         for name, contender in contenders.items():
@@ -271,7 +256,7 @@ def saq_cql_rate(threads, seconds, compile):
     """Steps per second of SAQ-CQL in a process of its own with so many threads."""
     torch.set_num_threads(threads)
     device = prepare("cpu")
-    step = phases(device, compile)["SAQ-CQL"]
+    step = fast(updates(device)["saq_cql"], device, compile)
     rate(step, seconds / 2, device)
     return rate(step, seconds, device)
 
@@ -332,22 +317,30 @@ def main():
     if options.to is not None:
         return time_to(options)
     device, compile = prepare(options.device), "on" if options.compile else "off"
-    reduced = has_bfloat16(options.device)
-    print(f"{'phase':20}{'steps/s':>10}{'products/s':>12}{'share':>8}{'bfloat16':>10}{'ratio':>8}")
-    steps, steps_reduced = phases(device, compile), phases(device, compile)
-    for phase in PRODUCTS:
-        contenders = {"ours": steps[phase], "limit": multiply(phase, device)}
-        found = race(contenders | ({"bfloat16": steps_reduced[phase]} if reduced else {}), options, device)
-        (ours, _), (limit, share) = found["ours"], found["limit"]
-        line = f"{phase:20}{ours:10.1f}{limit:12.1f}{share:8.0%}"
+    rows = [["update", "steps_per_second", "products_per_second", "share", "bfloat16_per_second", "bfloat16_ratio"]]
+    print("".join(f"{name:>20}" for name in rows[0]))
+    ours, reduced = updates(device), updates(device) if has_bfloat16(options.device) else {}
+    steps = {}
+    for name, update in ours.items():
+        contenders = {"limit": multiply(update, device)}
+        contenders = {"ours": fast(update, device, compile)} | contenders
+        steps[name] = contenders["ours"]
         if reduced:
-            line += f"{found['bfloat16'][0]:10.1f}{1 / found['bfloat16'][1]:8.2f}"
-        print(line, flush=True)
+            contenders["bfloat16"] = fast(reduced[name], device, compile)
+        found = race(contenders, options, device)
+        (rate, _), (limit, share) = found["ours"], found["limit"]
+        row = [f"{rate:.1f}", f"{limit:.1f}", f"{share:.2f}"]
+        if reduced:
+            row += [f"{found['bfloat16'][0]:.1f}", f"{1 / found['bfloat16'][1]:.2f}"]
+        rows.append([name, *row])
+        print("".join(f"{word:>20}" for word in rows[-1]), flush=True)
+    if options.table is not None:
+        options.table.write_text("".join(",".join(row) + "\n" for row in rows))
     # Others come afterwards: from here on their threads are there, too, and short steps of ours feel it.
-    for phase, theirs in other_updates(options, device).items():
-        found = race({"ours": steps[phase]} | theirs, options, device)
+    for update, theirs in other_updates(options, device).items():
+        found = race({"ours": steps[update]} | theirs, options, device)
         for name in theirs:
-            print(f"{phase}: {name} {found[name][0]:.1f} steps/s, ours {found[name][1]:.1f} times that", flush=True)
+            print(f"{update}: {name} {found[name][0]:.1f} steps/s, ours {found[name][1]:.1f} times that", flush=True)
 
     cores = os.cpu_count()
     if device.type == "cpu" and cores > 1:
