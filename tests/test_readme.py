@@ -1,18 +1,24 @@
 """Every command of the README works, shortened; what it claims about files holds."""
 
-import itertools
+import csv
 import os
 import re
-import runpy
 import shlex
+import statistics
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, dataset, from_pypi, make_minari, run_forked, run_script
 
-from vqvae import make_env
+from vqvae import QUANTIZERS, make_env
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import reproduce
+import speed
 
 README = (ROOT / "README.md").read_text()
 RESULTS, TABLE = ROOT / "benchmarks" / "results", "algorithms-standin.csv"
@@ -80,16 +86,29 @@ def test_a_module_before_the_name_is_understood():
 
 def test_the_benchmark(tmp_path):
     options = "--rounds 1 --burst 0.05 --no-compile --transitions 20000"
-    process = run_script(*options.split(), script="benchmarks/speed.py")
+    process = run_script(*options.split(), "--table", tmp_path / "speed.csv", script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
     *rows, side_by_side, loading = process.stdout.splitlines()[1:]
     rates = re.fullmatch(r"SAQ-CQL: (\d+) steps/s in a process .*, (\d+) in \d+ of one thread", side_by_side)
     assert min(map(int, rates.groups())) > 0
     assert re.fullmatch(r"loading 20,000 transitions: [\d.]+ s, [\d.]+ times h5py alone; peak memory .*", loading)
-    names = ["quantizer fit", "mixture fit", "Aquadem fit", "SAQ-CQL", "SAQ-IQL", "SAQ-BRAC", "SAQ-BC"]
-    names += ["CQL", "IQL", "BRAC", "BC"]
-    assert [row[:20].strip() for row in rows] == names
-    assert all(float(row.split("%")[0].split()[-1]) > 0 for row in rows)
+    with open(tmp_path / "speed.csv", newline="") as file:
+        timed = {row["update"]: row for row in csv.DictReader(file)}
+    assert [row[:20].strip() for row in rows] == list(timed)
+    fits = {f"{kind} fit" for kind in QUANTIZERS if kind != "hard-mixture"}
+    assert timed.keys() == fits.union(*reproduce.SCRIPTS.values())
+    assert all(float(row["steps_per_second"]) > 0 and float(row["share"]) > 0 for row in timed.values())
+
+
+def test_products_are_counted():
+    """Of one layer: forward, the gradient of its weights and, where asked for, that of its input."""
+    layer, x = torch.nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
+    with speed.Products() as products:
+        layer(x).sum().backward()
+    assert sorted(products.sizes) == sorted([(7, 3, 5), (5, 7, 3), (7, 5, 3)])
+    with speed.Products() as products:
+        torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
+    assert products.sizes == [(3, 4, 5), (3, 4, 5)]
 
 
 def test_seconds_to_a_score():
@@ -112,61 +131,21 @@ def save(path):
                 file[key] = array
 
 
-def test_the_table_of_algorithms(tmp_path):
-    """Gathers every agent once, fits a quantizer once for all scripts, and runs nothing a second time."""
-    table, fits = tmp_path / "t.csv", tmp_path / "fits"
-    command = ["--seeds", 1, "--fits", fits, "--table", table, "--quantizers", "vqvae", "aquadem", f"--flags={TINY}"]
-    first = run_script(*command, script="benchmarks/algorithms.py")
-    assert first.returncode == 0, first.stderr
-    written = table.read_text()
-    agents = [tuple(line.split(",")[1:3]) for line in written.splitlines()[1:]]
-    over = {"vqvae": ["saq_bc", "saq_brac", "saq_cql", "saq_iql"], "aquadem": ["saq_bc", "saq_cql", "saq_iql"]}
-    twins = ["bc", "bc_gmm", "brac", "cql", "gaussian_bc", "iql"]
-    expected = [(agent, kind) for kind, agents in over.items() for agent in agents] + [(twin, "") for twin in twins]
-    assert sorted(agents) == sorted(expected)
-    assert {folder.name for folder in fits.iterdir()} == {f"maze2d-large-demos-v1-{kind}-0" for kind in over}
-    other = run_script(*command[:-1], f"--flags={TINY} --steps 0", script="benchmarks/algorithms.py")
-    assert other.returncode == 2
-    assert "is of other commands: pass another --table" in other.stderr
-    fails = [*command[:5], tmp_path / "u.csv", "--quantizers", "mixture", f"--flags={TINY} --steps 0"]
-    failed = run_script(*fails, script="benchmarks/algorithms.py")
-    assert failed.returncode == 1
-    assert "steps must be a number between" in failed.stdout
-    second = run_script(*command, script="benchmarks/algorithms.py")
-    assert table.read_text() == written
-    rows = second.stdout.splitlines()
-    assert rows[0] == "| agent | maze2d-large-demos-v1 |"
-    assert {row.split(" | ")[0] for row in rows[2:]} == {f"| {', '.join(filter(None, agent))}" for agent in expected}
-
-
-def test_means_and_standard_errors(tmp_path):
-    rows = [
-        f"hopper-medium-v2,saq_iql,mixture,{seed},{seed + 1},0,0,x" for seed in range(3)
-    ]  # 1, 2, 3: 2 +- 1 / sqrt(3)
-    (tmp_path / "t.csv").write_text(
-        "task,agent,quantizer,seed,last_5_mean,last_5_std,final,command\n" + "\n".join(rows)
-    )
-    process = run_script("--show", "--table", tmp_path / "t.csv", script="benchmarks/algorithms.py")
-    assert process.stdout.splitlines() == [
-        "| agent | hopper-medium-v2 |",
-        "|---|---|",
-        "| saq_iql, mixture | 2.0 ± 0.6 |",
-    ]
-
-
-def test_the_readmes_table_is_whole():
-    """Three seeds of every agent on every task."""
-    module = runpy.run_path(str(ROOT / "benchmarks/algorithms.py"))
-    runs = sorted((row["task"], row["agent"], int(row["seed"])) for row in module["read"](RESULTS / TABLE))
-    agents = [agent for agents in module["SCRIPTS"].values() for agent in agents if agent != "bc_gmm"]
-    assert runs == sorted(itertools.product(module["TASKS"], agents, range(3)))
-
-
-def test_the_committed_table_is_the_readmes():
-    process = run_script("--show", "--table", RESULTS / TABLE, script="benchmarks/algorithms.py")
-    assert process.returncode == 0, process.stderr
-    for line in process.stdout.strip().splitlines()[2:]:
-        assert line in README.splitlines(), line
+def test_the_readmes_table():
+    """Three seeds of every agent on every task; means and standard errors as the committed CSV has them."""
+    scores = {}
+    with open(RESULTS / TABLE, newline="") as file:
+        for row in csv.DictReader(file):
+            scores.setdefault((row["task"], row["agent"]), []).append(float(row["last_5_mean"]))
+    assert len(scores) == 6 * 9
+    assert all(len(values) == 3 for values in scores.values())
+    tasks, *lines = [line[2:-2].split(" | ") for line in README.splitlines() if line.count(" | ") == 6]
+    for line in lines:
+        agent = line[0].removesuffix(", vqvae")
+        for task, cell in zip(tasks[1:], line[1:], strict=True):
+            values = scores.pop((task, agent))
+            assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    assert not scores
 
 
 def test_files_that_the_readme_names_exist():
