@@ -973,7 +973,8 @@ def play(explore, memory, vqvae, task, seed):
             action, code = explore(here)
             obs, reward, terminal, timeout, _ = env.step(action[0].cpu().numpy())
             ended = terminal or timeout  # a time limit is no terminal; a goal in the last step allowed is one
-            row = Transitions(here[0], action[0], task.reward(reward), see(obs)[0], float(terminal), code[0])
+            reward = float(task.reward(reward))
+            row = Transitions(here[0], action[0], reward, see(obs)[0], float(terminal), code[0])
             memory.add(row, ended)
             yield
 

@@ -101,7 +101,6 @@ class Args:
     # --- Continuous SPOT ---
     vae_steps: int = 30_000  # gradient steps of the density model, before the agents' (the authors: 100_000)
     density_weight: float = 0.1  # lambda: weight of the bound as the authors scale it, a nat as 1 / (4 A)
-    noise: float = 0.1  # standard deviation of what is added to actions online
 
 
 # Fields by the first letters of a task's name; a flag wins. The weights of the density are the authors' for locomotion
@@ -191,8 +190,7 @@ class DiscreteSPOT(nn.Module):
     @torch.no_grad()
     def diagnose(self, batch):
         """log p of the policy's codes, for the figure."""
-        log_p = self.vqvae.prior_logits(batch.obs).log_softmax(1)
-        return {"log_density": log_p.gather(1, self.scores(batch.obs).argmax(1, keepdim=True)).mean()}
+        return {"log_density": -F.cross_entropy(self.vqvae.prior_logits(batch.obs), self.scores(batch.obs).argmax(1))}
 
 
 # --- Continuous SPOT ---
@@ -215,9 +213,8 @@ class DensityModel(nn.Module):
         mean, log_std = self.encoder(torch.cat([obs, actions], 1)).chunk(2, 1)  # (B, 2 A) each
         log_std = log_std.clamp(-4, 15)
         z = mean + log_std.exp() * torch.randn_like(mean)
-        reconstruction = self.decoder(torch.cat([obs, z], 1)).tanh()
         kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean(1)
-        return (reconstruction - actions).square().mean(1) + beta * kl
+        return (self.decoder(torch.cat([obs, z], 1)).tanh() - actions).square().mean(1) + beta * kl
 
     def update(self, batch):
         """A gradient step on a batch's actions. Returns what to log."""
@@ -226,13 +223,14 @@ class DensityModel(nn.Module):
 
 
 class ContinuousSPOT(nn.Module):
-    """TD3 whose policy pays for how unlikely its actions are. `vae`, a DensityModel, has been fitted, and stays.
+    """TD3 whose policy pays for how unlikely its actions are. Its protocol is DiscreteSPOT's, but for `vae`, a model of
+    the data that is to be fitted before, by its own `update`, and stays as it is then.
 
-    Its protocol is DiscreteSPOT's. Read of `args`: lr, discount, density_weight, polyak, noise."""
+    Read of `args`: lr, discount, density_weight, polyak."""
 
-    def __init__(self, obs_dim, action_dim, vae, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args, self.vae = args, vae
+        self.args, self.vae = args, DensityModel(obs_dim, action_dim)
         self.actor = mlp(obs_dim, action_dim, hidden=(256, 256))  # no dropout: the authors' stays on in its target
         self.qf = nn.ModuleList([mlp(obs_dim + action_dim, 1, hidden=(256, 256)) for _ in range(2)])
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
@@ -286,7 +284,7 @@ class ContinuousSPOT(nn.Module):
     @torch.no_grad()
     def explore(self, obs):
         """obs (B, O) -> actions (B, A) with noise; codes (B,) that mean nothing."""
-        noise = self.args.noise * torch.randn(len(obs), self.vae.latent // 2, device=obs.device)
+        noise = 0.1 * torch.randn(len(obs), self.vae.latent // 2, device=obs.device)
         return (self.act(obs) + noise).clamp(-1, 1), torch.zeros(len(obs), dtype=torch.int64, device=obs.device)
 
     @torch.no_grad()
@@ -312,8 +310,7 @@ def fine_tune(agent, memory, vqvae, task, args, start, last):
 
 def go_online(run, agents, twins, memories, vqvae, envs, task, data):
     """The online phase of each agent. Its twin begins as it has ended, targets and Adam's averages included, and learns
-    on; the agent stays, to compare with. Returns what `online_facts` finds, by name."""
-    facts = {}
+    on; the agent stays, to compare with. A generator: yields the name and the `online_facts` of each."""
     for (name, twin), agent, memory in zip(twins.items(), agents.values(), memories.values(), strict=True):
         memory.fill(data)
         if name not in run.state["done"]:
@@ -322,8 +319,7 @@ def go_online(run, agents, twins, memories, vqvae, envs, task, data):
         last = start - len(memory.new().obs) + run.args.online_steps
         evaluation = partial(assess, twin, vqvae, envs, task, data, run.args)
         run.train(name, fine_tune(twin, memory, vqvae, task, run.args, start, last), last, evaluation)
-        facts[name] = online_facts(run, name, memory, vqvae, data)
-    return facts
+        yield name, online_facts(run, name, memory, vqvae, data)
 
 
 def online_facts(run, name, memory, vqvae, data):
@@ -343,9 +339,7 @@ def online_facts(run, name, memory, vqvae, data):
 def make_agents(obs_dim, action_dim, vqvae, args, names=("saq_spot", "spot")):
     """What this script trains, in this order, by the names that stand in tables and logs."""
     agents = {names[0]: DiscreteSPOT(obs_dim, vqvae, args)}
-    if args.compare:
-        agents[names[1]] = ContinuousSPOT(obs_dim, action_dim, DensityModel(obs_dim, action_dim), args)
-    return agents
+    return agents | ({names[1]: ContinuousSPOT(obs_dim, action_dim, args)} if args.compare else {})
 
 
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
@@ -355,8 +349,8 @@ SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer", "density", "saq_online", 
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, act="greedy")
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "resume", "eval_only"}
-LATER = "steps online_steps online_updates track compile log_every eval_every final_episodes"
-FREE_TO_RESUME = FREE_TO_EVALUATE | {*LATER.split()}
+FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
+FREE_TO_RESUME |= {"online_steps"}  # of an offline run, too
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
@@ -583,7 +577,6 @@ def main():
     if args.online_steps and not task.env:
         raise UserError("online steps need an environment: leave online_steps out.")
     obs_dim, action_dim, checksum = data.obs.shape[1], data.actions.shape[1], data.checksum()
-
     torch.manual_seed(args.seed)
     with device:  # what is made in here lies on it
         vqvae = QUANTIZERS[args.quantizer](obs_dim, action_dim, args.num_codes, args.action_only, args.lr)
@@ -593,8 +586,8 @@ def main():
         vqvae.set_units(data.obs)
     density = {"density": agents["spot"].vae} if args.compare else {}
     memories = {f"{name}_memory": Memory(data, args.online_steps) for name in twins}
-    learners = {"quantizer": vqvae, **density, **agents, **twins, **memories}
-    run = Run(args, learners, checksum, take_quantizer(args, checksum, vqvae))
+    begun = take_quantizer(args, checksum, vqvae)
+    run = Run(args, {"quantizer": vqvae, **density, **agents, **twins, **memories}, checksum, begun)
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
     if args.eval_only is not None:
@@ -614,7 +607,7 @@ def main():
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
     write_file(run.folder / "codes.png", plot_codes(vqvae, data.obs, data.actions).savefig)
 
-    # 2. Replace every action by its code, once: the quantizer stays as it is from here on. Fit the twin's density.
+    # 2. Replace every action by its code, once: the quantizer stays as it is from here on. Fit the twin's model.
     data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
     for name, vae in density.items():
         updates = learn(vae, data, replace(args, steps=args.vae_steps), done.get(name, 0))
@@ -626,14 +619,14 @@ def main():
         run.train(name, learn(agent, data, args, done.get(name, 0)), args.steps, evaluation)
         if envs:
             print(f"{name}: score {np.mean(run.history(f'{name}/score')[1][-5:]):.1f} in its last evaluations")
-    facts = go_online(run, agents, twins, memories, vqvae, envs, task, data) if args.online_steps else {}
+    facts = dict(go_online(run, agents, twins, memories, vqvae, envs, task, data)) if args.online_steps else {}
     agents |= {name: twins[name] for name in facts}
 
     # 4. Act, and compare.
     if envs:
         result = report(run, agents, vqvae, task, args.final_episodes) | {"online": facts}
         figure = plot(run, agents, task)
-        figure.suptitle(", ".join(f"{name}: regret {facts[name]['regret']:.3f}" for name in facts))
+        figure.suptitle(", ".join(f"{name}: regret {found['regret']:.3f}" for name, found in facts.items()))
         write_file(run.folder / "result.json", result)
         write_file(run.folder / "comparison.png", figure.savefig)
         film(evaluate, agents, vqvae, task, args.video, run.folder)
