@@ -105,7 +105,7 @@ class Args:
 
 # Fields by the first letters of a task's name; a flag wins. The weights of the density are the authors' for locomotion
 # and antmaze, CORL's for adroit; those of codes, and all of the demonstrations, are chosen here.
-MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, vae_steps=10_000, steps=10_000, eval_every=500)
+MAZE = dict(num_codes=4, vq_steps=15_000, vae_steps=10_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(
         MAZE, code_weight=0.3, density_weight=1.0, reference=186.2
