@@ -551,7 +551,7 @@ def report(run, agents, vqvae, task, episodes):
 
 
 # The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
-DIAGNOSIS = "log p of its actions, exact or bound"
+DIAGNOSIS = "log density"
 LINES = {"log_density": "-"}
 
 
