@@ -29,6 +29,7 @@ Sizes, initialisation and the scales of the losses are those of the authors' JAX
 """
 
 import atexit
+import copy
 import ctypes
 import importlib
 import io
@@ -397,8 +398,8 @@ def codebook_health(vqvae, obs, actions):
         error += (vqvae.decode(o, k) - a).square().sum(0) / len(obs)
         entropy += torch.special.entr(vqvae.prior_logits(o).softmax(1)).sum() / len(obs)
     use = torch.bincount(codes, minlength=vqvae.num_codes) / len(codes)  # (K,)
-    rows = torch.linspace(0, len(obs) - 2, 500, device=obs.device).long()
-    rows = torch.cat([rows, rows + 1])
+    rows = torch.linspace(0, max(0, len(obs) - 2), 500, device=obs.device).long()
+    rows = torch.cat([rows, (rows + 1).clamp(max=len(obs) - 1)])
     now, then = (actions[rows] - vqvae.act(obs[rows], vqvae.prior_logits(obs[rows]), "mean")).chunk(2)  # (500, A) each
     health = {
         "used": (use > 0).float().mean().item(),
@@ -724,6 +725,13 @@ def parts_of(learners):
     return found
 
 
+def copy_learner(learner, twin):
+    """Gives `twin` the tensors of `learner` and the state of its optimizers; learning rates stay the twin's own."""
+    for its, part in zip(parts_of({"": twin}).values(), parts_of({"": learner}).values(), strict=True):
+        rates = {key: value for key, value in its.state_dict().items() if key == "param_groups"}
+        its.load_state_dict(copy.deepcopy(part.state_dict() | rates))
+
+
 def lock(folder):
     """A lock on `folder`, held as long as the returned object lives. Raises UserError where another process has it."""
     from filelock import FileLock, Timeout
@@ -767,13 +775,14 @@ def tracker(folder, config):
 
 
 LIMITS = {  # what a number must at least be, and at most; of all scripts
-    "steps vq_steps batch_size vq_batch_size num_codes log_every eval_every eval_episodes final_episodes": (1, 1e9),
+    "steps vq_steps vae_steps batch_size vq_batch_size num_codes": (1, 1e9),
+    "log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "target_every cql_samples layers width flow_steps candidates samples backup_samples": (1, 1e9),
     "seed lr weight_decay reward_scale revive_every video best_of": (0, 1e9),
-    "alpha beta cql_alpha actor_beta critic_beta noise epsilon": (0, 1e9),
-    "discount polyak average support warm_up": (0, 1),
+    "alpha beta cql_alpha actor_beta critic_beta noise epsilon code_weight density_weight online_steps": (0, 1e9),
+    "discount polyak average support warm_up online_weight hard": (0, 1),
     "expectile": (0.001, 0.999),
-    "temperature sigma": (1e-6, 1e9),
+    "temperature sigma reference": (1e-6, 1e9),
     "prior_floor": (-1e9, 0),
 }
 
@@ -843,6 +852,7 @@ class Task(NamedTuple):
     score: object  # the function from returns to scores
     data_score: float  # the mean score of the dataset's own episodes
     provenance: str  # one sentence: what such a score may be compared with
+    reward: object  # the function from the environment's rewards to those of training, which the dataset holds
 
 
 def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
@@ -854,8 +864,8 @@ def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
     source = env.get_wrapper_attr("dataset_filepath") if dataset_path is None else dataset_path
     print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
-    data = data._replace(rewards=scale_rewards(data.rewards, returns, reward_scale, reward_shift))
-    return Task(env, score, score(returns.mean()), provenance), data
+    reward = partial(scale_rewards, returns=returns, scale=reward_scale, shift=reward_shift)
+    return Task(env, score, score(returns.mean()), provenance, reward), data._replace(rewards=reward(data.rewards))
 
 
 def make_eval_envs(spec, episodes, *wrappers, **kwargs):
@@ -899,6 +909,79 @@ class Transitions(NamedTuple):
         """A batch of transitions, drawn uniformly with replacement."""
         rows = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
         return Transitions(*(column[rows] for column in self))
+
+
+class Memory:
+    """A dataset, and behind it room for `room` new transitions: what an online phase learns from. A learner of `Run`'s,
+    which saves only what is new: the dataset is loaded again. Tensors stay where they are, as CUDA graphs ask."""
+
+    def __init__(self, data, room):
+        self.old, self.room = len(data.obs), room
+        self.columns = Transitions(*(column.new_zeros(self.old + room, *column.shape[1:]) for column in data))
+        self.obs = self.columns.obs
+        self.count = torch.tensor(self.old, device=data.obs.device)  # rows in use
+        self.began = 0  # new rows when the episode in progress began
+
+    def fill(self, data):
+        """The dataset's rows, when they have codes."""
+        for column, rows in zip(self.columns, data, strict=True):
+            column[: self.old] = rows
+
+    def new(self):
+        """The new Transitions, in the order in which they were made."""
+        return Transitions(*(column[self.old : int(self.count)] for column in self.columns))
+
+    def add(self, transition, ended):
+        """Writes a transition, Transitions without their first dimension, into the next row. ended: its episode is."""
+        for column, value in zip(self.columns, transition, strict=True):
+            column[self.count] = value
+        self.count += 1
+        self.began = int(self.count) - self.old if ended else self.began
+
+    def sample(self, batch_size):
+        """A batch of old and new transitions, drawn uniformly with replacement."""
+        rows = (torch.rand(batch_size, device=self.count.device, dtype=torch.float64) * self.count).long()
+        return Transitions(*(column[rows] for column in self.columns))
+
+    def state_dict(self):
+        rows = {name: rows.clone() for name, rows in self.new()._asdict().items()}
+        return rows | {"began": torch.tensor(self.began)}
+
+    def load_state_dict(self, state):
+        done, self.began = len(state["obs"]), int(state["began"])
+        if done > self.room:
+            raise UserError(f"{done} online steps are done: ask for no fewer (online_steps)")
+        for name, column in self.columns._asdict().items():
+            column[self.old : self.old + done] = state[name]
+        self.count.fill_(self.old + done)
+
+
+def play(explore, memory, vqvae, task, seed):
+    """Steps of `explore`, which maps obs (1, O) to an action (1, A) and a code (1,), in an environment of its own. A
+    generator: each `next` writes one transition into `memory`, its reward in the dataset's units.
+
+    An environment cannot be saved. So each episode begins from a seed of its own, and where a memory was loaded in the
+    middle of one, its actions are played again: the episode goes on as if nothing had stopped it."""
+    import gymnasium as gym
+
+    def see(obs):
+        return vqvae.normalize(torch.as_tensor(obs, dtype=torch.float32, device=memory.count.device)[None])  # (1, O)
+
+    env = gym.wrappers.RescaleAction(gym.make(task.env.spec), np.float32(-1), np.float32(1))
+    while True:
+        obs, _ = env.reset(seed=(seed + 1) * 1_000_000 + memory.began)  # no evaluation's: these are 1_000, 1_001, ...
+        for action in memory.new().actions[memory.began :]:
+            obs, *_ = env.step(action.cpu().numpy())
+        ended = False
+        while not ended:
+            here = see(obs)
+            action, code = explore(here)
+            obs, reward, terminal, timeout, _ = env.step(action[0].cpu().numpy())
+            ended = terminal or timeout  # a time limit is no terminal; a goal in the last step allowed is one
+            reward = float(task.reward(reward))
+            row = Transitions(here[0], action[0], reward, see(obs)[0], float(terminal), code[0])
+            memory.add(row, ended)
+            yield
 
 
 COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, next_observations=2)  # name: dimensions

@@ -13,7 +13,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from baselines import awac, bear, fql, rebrac
+from baselines import awac, bear, fql, rebrac, spot
 from vqvae import ActionVQVAE, Aquadem, Mixture, Quantizer, Transitions, accelerate, prepare
 
 OBS, ACTIONS, CODES, ROWS, STEPS = 5, 2, 8, 200, 8
@@ -25,7 +25,7 @@ def learners(device):
     with device:
         vqvae = ActionVQVAE(OBS, ACTIONS, CODES)
         found = {"quantizer": vqvae, "mixture": Mixture(OBS, ACTIONS, CODES), "aquadem": Aquadem(OBS, ACTIONS, CODES)}
-        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear):
+        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear, spot):
             found |= script.make_agents(OBS, ACTIONS, vqvae, script.Args())
         for script in (rebrac, fql):
             found |= script.make_agents(OBS, ACTIONS, script.Args())

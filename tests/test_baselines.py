@@ -11,15 +11,16 @@ import torch
 from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, only_run, run_forked, succeeded, write
 from forked import Forked
 
-from baselines import awac, bear, fql, rebrac
+from baselines import awac, bear, fql, rebrac, spot
 from vqvae import ActionVQVAE, Transitions
 
-MODULES = {"rebrac": rebrac, "fql": fql, "awac": awac, "bear": bear}
+MODULES = {"rebrac": rebrac, "fql": fql, "awac": awac, "bear": bear, "spot": spot}
 AGENTS = {"rebrac": ["rebrac", "td3_bc"], "fql": ["fql", "ifql"], "awac": ["saq_awac", "awac"]}
-AGENTS["bear"] = ["saq_bear", "bear"]
+AGENTS |= {"bear": ["saq_bear", "bear"], "spot": ["saq_spot", "spot"]}
 SHORT = ["--env", "tiny_envs:Tiny-v0", "--eval-episodes", 1, "--final-episodes", 2, "--batch-size", 16]
 SHORT += ["--steps", 40, "--eval-every", 20, "--log-every", 10]
-FLAGS = {script: ["--vq-steps", 20, "--num-codes", 4] for script in ("awac", "bear")}  # of scripts with a quantizer
+FLAGS = {script: ["--vq-steps", 20, "--num-codes", 4] for script in ("awac", "bear", "spot")}  # with a quantizer
+FLAGS["spot"] += ["--vae-steps", 20]  # its online phase: test_spot.py
 NAMES = [(script, name) for script in AGENTS for name in AGENTS[script]]
 
 
@@ -67,6 +68,9 @@ def test_a_run_ends_in_a_table_and_a_picture(finished, script):
         ("awac", 130),
         ("bear", 90),
         ("bear", 250),
+        ("spot", 30),
+        ("spot", 65),
+        ("spot", 130),
     ],
 )
 def test_killed_and_resumed_is_bit_for_bit_the_same(finished, script, update, tmp_path):
@@ -119,6 +123,7 @@ def test_a_copy_beside_vqvae_trains_on_a_users_own_data(script, tmp_path):
         ("awac", ["--temperature", 0]),
         ("bear", ["--sigma", 0]),
         ("bear", ["--samples", 0]),
+        ("spot", ["--density-weight", -1]),
     ],
 )
 def test_bad_input_is_one_sentence(finished, script, wrong, tmp_path):

@@ -13,7 +13,7 @@ needs_cuda = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="the
 SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc"]
 LEARNERS = ["quantizer", "mixture", "aquadem", "saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac"]
 LEARNERS += ["saq_bc", "bc", "gaussian_bc", "bc_gmm", "saq_awac", "awac", "saq_bear", "bear", "rebrac", "td3_bc"]
-LEARNERS += ["fql", "ifql"]
+LEARNERS += ["fql", "ifql", "saq_spot", "spot"]
 
 
 def run(*words):

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 SCRIPTS = ["saq_cql.py", "saq_iql.py", "saq_brac.py", "saq_bc.py"]
 WITHOUT = ["baselines/rebrac.py", "baselines/fql.py"]  # a quantizer
-BASELINES = [*WITHOUT, "baselines/awac.py", "baselines/bear.py"]
+ONLINE = ["baselines/spot.py"]  # main fits a model of the data as well, and goes online
+BASELINES = [*WITHOUT, "baselines/awac.py", "baselines/bear.py", *ONLINE]
 SHARED = {"defaults", "parse_args", "evaluate", "assess", "Run", "learn", "report", "plot", "main"}
 OWN = {"Args", "Actor", "Critic", "make_agents"}  # alike in name only
 
@@ -32,6 +33,8 @@ def test_shared_definitions_are_the_same(one, other):
     own = OWN | {"network"}
     if one in WITHOUT or other in WITHOUT:
         own = own | {"main"}  # there is no quantizer to fit
+    if one in ONLINE or other in ONLINE:
+        own = own | {"main"}  # there are phases more
     if (one in WITHOUT) != (other in WITHOUT):
         own = own | {"defaults", "parse_args"}  # nor one to choose
     for name in (ours.keys() & theirs.keys()) - own:
