@@ -844,8 +844,8 @@ def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
     """The Task of a name and its Transitions on `device`, rewards multiplied by the scale, then shifted. Says what was
     loaded. Raises UserError for whatever is wrong with the environment, the file or the numbers in it."""
     env = make_env(name, dataset_path)
-    score, provenance = scoring(env, dataset_path)
     data, returns = make_transitions(load_arrays(dataset_path, env), env, device)
+    score, provenance = scoring(env, dataset_path)  # the file is there by now, and it can be read
     source = env.get_wrapper_attr("dataset_filepath") if dataset_path is None else dataset_path
     print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
