@@ -106,7 +106,7 @@ HPARAMS = {
     "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5),
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
-    "lift- can- square- tool- transport-": dict(ROBOSUITE, expectile=0.9, temperature=1.0, beta=1.0),
+    "lift- can- square- tool- transport- ogbench:": dict(ROBOSUITE, expectile=0.9, temperature=1.0, beta=1.0),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
@@ -301,7 +301,9 @@ FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
     """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
-    words = [word for word in rows if env.split(":")[-1].startswith(word)]
+    name = env.split(":")[-1]
+    name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
+    words = [word for word in rows if name.startswith(word)]
     row = rows[max(words, key=len)] if words else {}
     row = row | rows.get(quantizer, {}) | (PLAIN if plain else {})
     return Args(env=env, plain=plain, quantizer=quantizer, **row)

@@ -100,7 +100,7 @@ HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
     "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, act="mean", support=0.2),
     "pen- door- hammer- relocate- maze2d- antmaze-": dict(temperature=0.1),
-    "lift- can- square- tool- transport-": dict(eval_episodes=50, final_episodes=50),
+    "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50, final_episodes=50),
     "mixture hard-mixture": dict(num_codes=64),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
@@ -262,7 +262,9 @@ FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
     """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
-    words = [word for word in rows if env.split(":")[-1].startswith(word)]
+    name = env.split(":")[-1]
+    name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
+    words = [word for word in rows if name.startswith(word)]
     row = rows[max(words, key=len)] if words else {}
     row = row | rows.get(quantizer, {}) | (PLAIN if plain else {})
     return Args(env=env, plain=plain, quantizer=quantizer, **row)

@@ -68,9 +68,7 @@ class OGBench(OfflineEnv):
             transitions = int((~file["terminals"].astype(bool)).sum())
         official = path.name == self.dataset_filepath.name and transitions >= WHOLE
         data = "OGBench's" if official else "not OGBench's, so do not compare with OGBench's tables"
-        return (
-            f"Score: the share of episodes that succeed, in percent; the data, {transitions:,} transitions, are {data}."
-        )
+        return f"Score: the percentage of episodes that succeed; the data, {transitions:,} transitions, are {data}."
 
     def get_dataset(self, path=None):
         """The arrays of OfflineEnv.get_dataset from a file in OGBench's layout, with rewards as the package has them: 0
@@ -106,9 +104,7 @@ def check(path, env):
     if len(set(lengths.values())) > 1 or lengths["terminals"] < 2:
         raise ValueError(f"its columns have different lengths, or fewer than 2 rows: {lengths}")
     if not columns["terminals"][-1]:
-        raise ValueError(
-            "its last row is not the end of an episode: OGBench's terminals are true in the last row of each"
-        )
+        raise ValueError("its last row does not end an episode: OGBench's terminals are true in the last row of each")
     if columns["qpos"].shape[1:] != (env.unwrapped.model.nq,):
         raise ValueError(f"its qpos have shape {columns['qpos'].shape}, those of {env.env_id} {env.unwrapped.model.nq}")
 
