@@ -45,7 +45,7 @@ from vqvae import load_task, make_eval_envs, parts_of, prepare, read_checkpoint,
 @dataclass
 class Args:
     # --- Task and data ---
-    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
+    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic, OGBench or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---

@@ -791,8 +791,8 @@ def check_unchanged(arguments, begun, free):
 
 
 def make_env(name, dataset_path=None):
-    """The environment of a task: a D4RL or robomimic name from offline_envs, any Gymnasium id, or the id of a Minari
-    dataset; None for "none". Its `spec` makes more of them."""
+    """The environment of a task: a D4RL, robomimic or OGBench name from offline_envs, any Gymnasium id, or the id of a
+    Minari dataset; None for "none". Its `spec` makes more of them."""
     if name == "none":
         return None
     import gymnasium as gym
@@ -901,7 +901,7 @@ COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, ne
 
 def load_arrays(path, env):
     """The arrays of D4RL's layout in the .hdf5 or .npz file `path`, or the task's own where it is None. Tasks with a
-    dataset of their own read files themselves: robomimic's have another layout."""
+    dataset of their own read files themselves: robomimic's and OGBench's have other layouts."""
     own = env is not None and env.has_wrapper_attr("get_dataset")
     if path == "" or (path is None and not own):
         raise UserError("this task has no dataset of its own, or none is named: name a file (dataset_path).")
