@@ -805,8 +805,8 @@ def check_unchanged(arguments, begun, free):
 
 
 def make_env(name, dataset_path=None):
-    """The environment of a task: a D4RL or robomimic name from offline_envs, any Gymnasium id, or the id of a Minari
-    dataset; None for "none". Its `spec` makes more of them."""
+    """The environment of a task: a D4RL, robomimic or OGBench name from offline_envs, any Gymnasium id, or the id of a
+    Minari dataset; None for "none". Its `spec` makes more of them."""
     if name == "none":
         return None
     import gymnasium as gym
@@ -859,8 +859,8 @@ def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
     """The Task of a name and its Transitions on `device`, rewards multiplied by the scale, then shifted. Says what was
     loaded. Raises UserError for whatever is wrong with the environment, the file or the numbers in it."""
     env = make_env(name, dataset_path)
-    score, provenance = scoring(env, dataset_path)
     data, returns = make_transitions(load_arrays(dataset_path, env), env, device)
+    score, provenance = scoring(env, dataset_path)  # the file is there by now, and it can be read
     source = env.get_wrapper_attr("dataset_filepath") if dataset_path is None else dataset_path
     print(f"data: {source}, {len(data.obs)} transitions, {len(returns)} episodes, ", end="")
     print(f"returns {returns.min():.1f} to {returns.max():.1f}. {provenance}")
@@ -989,7 +989,7 @@ COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, ne
 
 def load_arrays(path, env):
     """The arrays of D4RL's layout in the .hdf5 or .npz file `path`, or the task's own where it is None. Tasks with a
-    dataset of their own read files themselves: robomimic's have another layout."""
+    dataset of their own read files themselves: robomimic's and OGBench's have other layouts."""
     own = env is not None and env.has_wrapper_attr("get_dataset")
     if path == "" or (path is None and not own):
         raise UserError("this task has no dataset of its own, or none is named: name a file (dataset_path).")

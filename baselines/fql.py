@@ -51,7 +51,7 @@ from vqvae import load_task, lock, make_eval_envs, parts_of, prepare, read_check
 @dataclass
 class Args:
     # --- Task and data ---
-    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
+    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic, OGBench or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
@@ -91,10 +91,11 @@ class Args:
     candidates: int = 32  # actions of the flow among which the best one acts
 
 
-# Fields by the first letters of a task's name; a flag wins. The authors' for adroit and antmaze, which do not divide Q;
-# for the rest they advise to divide it and to try alpha from 0.03 to 10.
+# Fields by the first letters of a task's name; a flag wins. The authors' for adroit, antmaze and OGBench, which do not
+# divide Q; for the rest they advise to divide it and to try alpha from 0.03 to 10.
 ADROIT = dict(alpha=30_000.0, normalize_q=False, pessimistic=True)
 ANTMAZE = dict(normalize_q=False, reward_shift=-1.0, eval_episodes=100)
+OGBENCH = dict(normalize_q=False, eval_episodes=50)
 HPARAMS = {
     "maze2d-large-demos-": dict(alpha=10.0, steps=10_000, eval_every=500),
     "antmaze-": dict(ANTMAZE, alpha=10.0),
@@ -102,7 +103,13 @@ HPARAMS = {
     "door- hammer- relocate-": ADROIT,
     "hammer-cloned- relocate-human- pen-human- pen-cloned-": ADROIT | dict(alpha=10_000.0),
     "pen-expert-": ADROIT | dict(alpha=3_000.0),
-    "lift- can- square- tool- transport-": dict(eval_episodes=50),
+    "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
+    "ogbench:cube- ogbench:scene-": dict(OGBENCH, alpha=300.0),
+    "ogbench:puzzle-": dict(OGBENCH, alpha=1_000.0),
+    "ogbench:antmaze-": dict(OGBENCH, alpha=10.0, pessimistic=True),
+    "ogbench:antmaze-giant-": dict(OGBENCH, alpha=10.0, pessimistic=True, discount=0.995),
+    "ogbench:antsoccer-": dict(OGBENCH, alpha=10.0, discount=0.995),
+    "ogbench:humanoidmaze-": dict(OGBENCH, alpha=30.0, discount=0.995),
 }
 
 
@@ -300,7 +307,9 @@ FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "
 def defaults(env="maze2d-large-demos-v1", plain=False):
     """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
-    words = [word for word in rows if env.split(":")[-1].startswith(word)]
+    name = env.split(":")[-1]
+    name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
+    words = [word for word in rows if name.startswith(word)]
     row = rows[max(words, key=len)] if words else {}
     return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
 

@@ -50,7 +50,7 @@ from vqvae import load_task, lock, make_eval_envs, parts_of, prepare, read_check
 @dataclass
 class Args:
     # --- Task and data ---
-    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic or Minari, a Gymnasium id, or "none"
+    env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic, OGBench or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
@@ -122,6 +122,7 @@ HPARAMS = {
     "hammer-human-": dict(actor_beta=0.01, critic_beta=0.5),
     "hammer-cloned-": dict(actor_beta=0.1, critic_beta=0.5),
     "relocate-human- relocate-cloned-": dict(actor_beta=0.1, critic_beta=0.01),
+    "ogbench:": dict(eval_episodes=50),
 }
 
 
@@ -267,7 +268,9 @@ FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "
 def defaults(env="maze2d-large-demos-v1", plain=False):
     """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
-    words = [word for word in rows if env.split(":")[-1].startswith(word)]
+    name = env.split(":")[-1]
+    name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
+    words = [word for word in rows if name.startswith(word)]
     row = rows[max(words, key=len)] if words else {}
     return Args(env=env, plain=plain, **row | (PLAIN if plain else {}))
 

@@ -39,8 +39,8 @@ import awac
 import bear
 import fql
 import rebrac
+import spot
 
-# import spot
 import saq_bc
 import saq_brac
 import saq_cql
@@ -142,7 +142,7 @@ def updates(device):
     with device:
         quantizers = {kind: make(OBS, ACTIONS, 10 if kind == "aquadem" else CODES) for kind, make in QUANTIZERS.items()}
         agents = {}
-        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear):
+        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear, spot):
             agents |= script.make_agents(OBS, ACTIONS, quantizers["vqvae"], script.Args())
         for script in (rebrac, fql):
             agents |= script.make_agents(OBS, ACTIONS, script.Args())

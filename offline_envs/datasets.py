@@ -4,6 +4,7 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 ROBOMIMIC_SERVER = "http://downloads.cs.stanford.edu/downloads/rt_benchmark"
+OGBENCH_SERVER = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 TIMEOUT = 30  # seconds without a byte, after which a download counts as broken
 
 
@@ -64,11 +66,14 @@ def local_path(dataset):
     """Where the file of a URL lies in the cache, or will lie. A file that ships with this package stays where it is."""
     if isinstance(dataset, Path):
         return dataset
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    variable, folder = "D4RL_DATASET_DIR", "~/.d4rl/datasets"
+    if dataset.startswith(OGBENCH_SERVER):
+        variable, folder = "OGBENCH_DATASET_DIR", "~/.ogbench/data"  # the folder is that of OGBench's own package
+    folder = Path(os.environ.get(variable) or folder)
     try:
         return folder.expanduser() / file_name(dataset)
     except RuntimeError:  # a user without a home, or a "~user" that there is not
-        raise OSError(f"{folder} has no home directory here: set D4RL_DATASET_DIR to another folder.") from None
+        raise OSError(f"{folder} has no home directory here: set {variable} to another folder.") from None
 
 
 def split_mask(path):
@@ -125,7 +130,8 @@ def download_part(url, path):
             bar.update(file.write(chunk))
     if part.stat().st_size != size:
         raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
-    if not h5py.is_hdf5(part):  # a login page, say
+    is_data, kind = (zipfile.is_zipfile, ".npz") if path.suffix == ".npz" else (h5py.is_hdf5, "HDF5")
+    if not is_data(part):  # a login page, say
         part.unlink()
-        raise OSError("what the server sent is no HDF5 file")
+        raise OSError(f"what the server sent is no {kind} file")
     return part

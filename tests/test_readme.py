@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, dataset, from_pypi, make_minari, run_forked, run_script
+from test_ogbench import cube_file
 
 from vqvae import QUANTIZERS, make_env
 
@@ -46,6 +47,9 @@ def local_datasets(command, folder, config):
         (folder / "lift" / "ph").mkdir(parents=True)
         file = from_pypi("robomimic==0.1.0", "robomimic-0.1.0/tests/assets/test.hdf5", config)
         (folder / "lift" / "ph" / "low_dim_v141.hdf5").symlink_to(file)
+    if "singletask" in command:
+        environment["OGBENCH_DATASET_DIR"] = str(folder)
+        cube_file(folder / "cube-single-play-v0.npz")
     if "D4RL/door" in command:
         environment |= make_minari(folder / "minari", "AdroitHandDoor-v1", "D4RL/door/human-v2", "0", "1000")
     return environment
