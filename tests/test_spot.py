@@ -462,7 +462,6 @@ def test_an_offline_run_goes_on_online_and_then_further(whole, tiny, tmp_path):
         assert ours[name]["returns"] == ours[agent]["returns"]
     line = one_sentence(run_forked("--resume", folder, "--online-steps", 9, script=SCRIPT, path=[ROOT]))
     assert "17 online steps are done" in line
-    one_sentence(run_forked("--resume", folder, "--online-updates", script=SCRIPT, path=[ROOT]))
 
 
 def test_evaluating_again_finds_all_four(whole):
