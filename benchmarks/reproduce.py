@@ -131,9 +131,10 @@ BUDGET = dict(steps=10_000, vq_steps=10_000, eval_every=1_000, final_episodes=20
 PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
 # Of today's tables, what differs by task and script. All episodes of the expert's file return nearly the same, which
 # IQL's scaling of rewards would blow up. IQL's published inverse temperature is for a million steps: after so few, the
-# advantages that it multiplies are noise.
-TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", "door-human-v0": "--act greedy"}
+# advantages that it multiplies are noise. People at the door have several intentions, whose mean is none of them.
+TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
+CODE_FLAGS = {"door-human-v0": "--act greedy"}
 
 
 @dataclass
@@ -187,6 +188,7 @@ def make_jobs(options):
             name, flags, fit = "", "", None
             if coded:
                 name, flags = f"{kind} {variant}".strip(), f"--quantizer {kind} {variant}"
+                flags += "" if options.paper else f" {CODE_FLAGS.get(task, '')}"
                 fit = make_command("saq_bc", task, seed, f"{flags} --use-prior --no-compare", options)
                 jobs[fit] = Job(fit, task, name, seed, {"saq_bc": "prior"})
             flags = f"{flags} {part.flags} {'--no-compare' if len(agents) == 1 else ''}"

@@ -1,0 +1,214 @@
+"""benchmarks/reproduce.py: plans whose commands exist, and tables that no killed driver, worker or machine bends."""
+
+import csv
+import importlib
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, one_sentence, run_script
+from filelock import FileLock
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "baselines"))
+import reproduce
+
+SCRIPT = "benchmarks/reproduce.py"
+TINY = "--compile off --eval-episodes 1 --final-episodes 1"
+
+
+def plan(name, **options):
+    given = dict(name=name, data=None, tasks=(), agents=(), quantizers=(), seeds=1, steps=None, paper=False, flags="")
+    return reproduce.make_jobs(SimpleNamespace(**given | options))
+
+
+def test_table1_has_every_task_agent_and_seed():
+    jobs = plan("table1", paper=True, seeds=3)
+    rows = {row for job in jobs.values() for row in job.rows() if row[1] != "prior"}
+    agents = ["brac", "iql", "cql", "bc"]
+    tasks = {row[0] for row in rows}
+    assert len(tasks) == 23  # of the paper's Table 5, whose 27 rows hold four averages
+    assert {row[:2] + row[3:] for row in rows} >= set(
+        itertools.product(tasks, agents + [f"saq_{agent}" for agent in agents], "012")
+    )
+    assert all(
+        "--plain" in command and "--steps 1000000" in command for command in jobs if "--use-prior" not in command
+    )
+
+
+def test_a_quantizer_is_fitted_once_and_before_it_is_needed():
+    jobs = list(plan("small", data=ROOT).values())
+    fits = [job.command for job in jobs if "--use-prior" in job.command]
+    assert len(fits) == len(set(fits)) == 6 * 3  # six tasks, three kinds
+    for i, job in enumerate(jobs):
+        assert job.fit is None or job.fit in [other.command for other in jobs[:i]]
+        assert job.fit or "--use-prior" in job.command or job.quantizer == ""
+    rows = [row for job in jobs for row in job.rows()]
+    assert len(rows) == len(set(rows))  # nothing is measured twice
+    assert {row[1] for row in rows} == {"prior", *itertools.chain(*reproduce.SCRIPTS.values())}
+
+
+def test_choosing_agents_chooses_twins():
+    assert [list(job.agents.values()) for job in plan("figure2", agents=("saq_cql",)).values()] == [
+        ["prior"],
+        ["saq_cql"],
+    ]
+    assert [list(job.agents.values()) for job in plan("figure2", agents=("cql",)).values()][1] == ["saq_cql", "cql"]
+
+
+@pytest.mark.parametrize("name", list(reproduce.PLANS))
+def test_every_command_parses(name, monkeypatch, capsys):
+    """By the parser of its script, checks of numbers included."""
+    commands = [*plan(name, data=ROOT), *(plan(name, paper=True) if name.startswith("t") else [])]
+    for command in commands[:: 1 + len(commands) // 40]:  # a sample of the long plans
+        _, script, *words = shlex.split(command)
+        module = importlib.import_module(script.removeprefix("baselines/").removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        args = module.parse_args()
+        assert f"--env {args.env} " in command
+    capsys.readouterr()
+
+
+def test_dry_run():
+    process = run_script("table4", "--dry-run", "--paper", "--seeds", 1, script=SCRIPT)
+    assert process.returncode == 0, process.stderr
+    *lines, last = process.stdout.splitlines()
+    assert len(lines) == 16
+    assert all(" h  python saq_" in line for line in lines)
+    assert last.startswith("16 runs, 16 results, ")
+    assert "core-hours" in last
+
+
+def wait_for(condition, process, seconds=240):
+    start = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < start + seconds
+        time.sleep(0.05)
+
+
+def flags(folder, *more):
+    words = ["small", "--seeds", 1, "--steps", 6, "--agents", "saq_bc", "saq_cql", "rebrac", "--quantizers", "mixture"]
+    words += [f"--flags={TINY}", "--table", folder / "t.csv", "--fits", folder / "fits"]
+    return [*words, "--tasks", "maze2d-large-demos-v1", *more]
+
+
+def rows(table):
+    """What does not depend on the machine and the moment."""
+    with open(table, newline="") as file:
+        found = [dict(row) for row in csv.DictReader(file)]
+    for row in found:
+        row["curves"] = {key: value for key, value in reproduce.json.loads(row["curves"]).items() if key != "seconds"}
+        for column in ("seconds", "fit_seconds", "host"):
+            del row[column]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    pytest.importorskip("ray", reason="requirements-benchmarks.txt is not installed")
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = run_script(*flags(folder), script=SCRIPT)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_what_a_table_holds(undisturbed):
+    found = rows(undisturbed / "t.csv")
+    assert [row["agent"] for row in found] == ["prior", "rebrac", "saq_bc", "saq_cql", "td3_bc"]
+    for row in found:
+        assert (row["task"], row["seed"]) == ("maze2d-large-demos-v1", "0")
+        assert row["quantizer"] == ("" if row["agent"] in ("rebrac", "td3_bc") else "mixture")
+        assert row["command"].startswith("python ")
+        scores = row["curves"]["score"]
+        assert row["curves"]["step"] == ([1] if row["agent"] == "prior" else [1, 2, 3, 4, 5, 6])
+        assert float(row["score"]) == pytest.approx(sum(scores[-5:]) / len(scores[-5:]), rel=1e-4)
+    assert len(list((undisturbed / "fits").glob("*.pt"))) == 1
+    before = (undisturbed / "t.csv").read_bytes()
+    again = run_script(*flags(undisturbed), script=SCRIPT)
+    assert (again.returncode, (undisturbed / "t.csv").read_bytes()) == (0, before)
+
+
+def test_a_table_of_other_commands_is_refused(undisturbed, tmp_path):
+    line = one_sentence(run_script(*flags(undisturbed, "--steps", 7), script=SCRIPT))
+    assert "is of other commands: pass another --table" in line
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    assert "is no table of this program" in one_sentence(run_script(*flags(tmp_path), script=SCRIPT))
+
+
+def test_two_drivers_do_not_write_one_table(tmp_path):
+    with FileLock(tmp_path / "t.csv.lock"):
+        assert "another process is writing" in one_sentence(run_script(*flags(tmp_path), script=SCRIPT))
+
+
+def test_what_there_is_not(tmp_path):
+    line = one_sentence(run_script("table4", "--tasks", "hopper-medium-v2", script=SCRIPT))
+    assert "has no such task, agent or quantizer" in line
+    assert "seeds and steps must be 1 at least" in one_sentence(run_script("table4", "--seeds", 0, script=SCRIPT))
+
+
+def test_a_driver_and_a_worker_are_killed(undisturbed, tmp_path):
+    """The driver after its first result; then, when it goes on, a worker in its run."""
+    pytest.importorskip("ray", reason="requirements-benchmarks.txt is not installed")
+    command = [sys.executable, SCRIPT, *map(str, flags(tmp_path))]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(command, **options)
+    wait_for((tmp_path / "t.csv").exists, driver)
+    driver.kill()
+    driver.communicate()
+    done = len(rows(tmp_path / "t.csv"))
+    assert done < len(rows(undisturbed / "t.csv"))
+    driver = subprocess.Popen(command, **options)
+    wait_for(lambda: children_in_runs(driver.pid), driver)
+    _, worker = children_in_runs(driver.pid)[0]
+    os.kill(worker, signal.SIGKILL)
+    out, error = driver.communicate(timeout=300)
+    assert driver.returncode == 0, error
+    assert rows(tmp_path / "t.csv") == rows(undisturbed / "t.csv")
+
+
+def children_in_runs(driver):
+    """(pid, parent) of the processes under `driver` that run a script of ours."""
+    processes = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    parents = {int(line.split()[0]): int(line.split()[1]) for line in processes}
+
+    def under(pid):
+        return pid == driver or (pid in parents and under(parents[pid]))
+
+    found = [line.split(None, 2) for line in processes if " --env " in line and "reproduce.py" not in line]
+    return [(int(pid), int(parent)) for pid, parent, _ in found if under(int(pid))]
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    """Where there is no file for the hopper, the maze is run all the same."""
+    pytest.importorskip("ray", reason="requirements-benchmarks.txt is not installed")
+    words = ["small", "--seeds", 1, "--steps", 6, "--agents", "rebrac", f"--flags={TINY}", "--data", tmp_path / "none"]
+    words += ["--tasks", "maze2d-large-demos-v1", "hopper-medium-v2", "--table", tmp_path / "t.csv"]
+    process = run_script(*words, script=SCRIPT)
+    assert process.returncode == 1, process.stderr
+    assert "failed: python baselines/rebrac.py --env hopper-medium-v2" in process.stderr
+    assert "hopper_medium-d4rlsim.hdf5" in process.stderr.rstrip().splitlines()[-1]
+    assert {row["task"] for row in rows(tmp_path / "t.csv")} == {"maze2d-large-demos-v1"}
+
+
+def test_two_machines_share_the_runs_and_one_dies(undisturbed, tmp_path):
+    """Two Ray nodes on this machine; the second is killed when both work."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="requirements-benchmarks.txt is not installed")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    try:
+        other = cluster.add_node(num_cpus=1)
+        command = [sys.executable, SCRIPT, *map(str, flags(tmp_path, "--address", cluster.address))]
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(children_in_runs(os.getpid())) == 2, driver)
+        cluster.remove_node(other, allow_graceful=False)
+        out, error = driver.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 0, error
+    assert rows(tmp_path / "t.csv") == rows(undisturbed / "t.csv")
