@@ -45,7 +45,7 @@ from vqvae import UserError, exit_in_words, one_line, write_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["task", "agent", "quantizer", "seed", "score", "final", "seconds", "fit_seconds", "data_score", "provenance"]
-COLUMNS += ["host", "commit", "command", "curves"]
+COLUMNS += ["host", "commit", "command", "curves", "online"]  # the last: what is said of an online phase
 
 # --- What there is to run ---
 
@@ -64,6 +64,7 @@ SCRIPTS = {
 SAQ = ["saq_bc", "saq_cql", "saq_iql", "saq_brac"]
 BASELINES = [script for script in SCRIPTS if "/" in script]
 NO_QUANTIZER = {"baselines/rebrac", "baselines/fql"}
+ONLINE = {"saq_spot": "saq_online", "spot": "spot_online"}  # what learns on after an agent, with --online-steps
 # The paper's tasks: rows of its Table 5, whose means by suite are its Table 1.
 LOCOMOTION = [
     f"{robot}-{data}-v2"
@@ -193,6 +194,7 @@ def make_jobs(options):
                 jobs[fit] = Job(fit, task, name, seed, {"saq_bc": "prior"})
             flags = f"{flags} {part.flags} {'--no-compare' if len(agents) == 1 else ''}"
             command = make_command(script, task, seed, flags, options)
+            agents = agents + [ONLINE[agent] for agent in agents if "--online-steps" in command]
             jobs[command] = Job(command, task, name, seed, {agent: agent for agent in agents}, fit)
     return jobs
 
@@ -303,7 +305,8 @@ class Table:
             row = [*key, statistics.mean(scores[-5:]), result[name]["score"], logged[f"{name}/seconds"][1][-1]]
             row += [(fit or outcome)["logged"]["quantizer/seconds"][1][-1] if key[2] else ""]
             row += [result["data_score"], result["provenance"], outcome["host"], commit, job.command]
-            row = [f"{value:.6g}" if isinstance(value, float) else value for value in [*row, json.dumps(curves)]]
+            row += [json.dumps(curves), json.dumps(result.get("online", {}).get(name, {}))]
+            row = [f"{value:.6g}" if isinstance(value, float) else value for value in row]
             rows.append(dict(zip(COLUMNS, row, strict=True)))
         self.rows += rows
         self.rows.sort(key=lambda row: [row[column] for column in COLUMNS[:4]])

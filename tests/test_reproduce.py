@@ -54,6 +54,11 @@ def test_a_quantizer_is_fitted_once_and_before_it_is_needed():
     assert {row[1] for row in rows} == {"prior", *itertools.chain(*reproduce.SCRIPTS.values())}
 
 
+def test_what_learns_on_has_rows_of_its_own():
+    trained = [list(job.agents.values()) for job in plan("online").values()]
+    assert trained == 2 * [["prior"], ["saq_spot", "spot", "saq_online", "spot_online"]]
+
+
 def test_choosing_agents_chooses_twins():
     assert [list(job.agents.values()) for job in plan("figure2", agents=("saq_cql",)).values()] == [
         ["prior"],
