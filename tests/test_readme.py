@@ -26,7 +26,7 @@ RESULTS, TABLE = ROOT / "benchmarks" / "results", "algorithms-standin.csv"
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if "python " in line]
 SCRIPTS = [command.split("&&")[-1].strip() for command in COMMANDS if "python saq_" in command]
-TINY = "--vq-steps 20 --steps 20 --eval-every 10 --eval-episodes 1 --final-episodes 1 --compile off"
+TINY = "--vq-steps 20 --steps 20 --eval-every 20 --eval-episodes 1 --final-episodes 1 --compile off"
 
 
 def test_the_two_commands_are_there():
@@ -61,6 +61,7 @@ def test_commands_of_the_scripts(command, tmp_path, pytestconfig):
     if "--resume" in words or "--eval-only" in words:  # of the run that this makes
         assert run_forked("--out", tmp_path, "--no-compare", *TINY.split(), script=script).returncode == 0
         words[words.index("DIR")] = str(next(tmp_path.iterdir()))
+        words += "--eval-episodes 2 --video 1".split() if "--video" in words else []
         assert run_forked(*words, script=script).returncode == 0
         return
     if "--help" in words:
@@ -89,7 +90,7 @@ def test_a_module_before_the_name_is_understood():
 
 
 def test_the_benchmark(tmp_path):
-    options = "--rounds 1 --burst 0.05 --no-compile --transitions 20000"
+    options = "--rounds 1 --burst 0.01 --no-compile --transitions 20000"
     process = run_script(*options.split(), "--table", tmp_path / "speed.csv", script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
     *rows, side_by_side, loading = process.stdout.splitlines()[1:]

@@ -99,7 +99,7 @@ def wait_for(condition, process, seconds=240):
 
 
 def flags(folder, *more):
-    words = ["small", "--seeds", 1, "--steps", 6, "--agents", "saq_bc", "saq_cql", "rebrac", "--quantizers", "mixture"]
+    words = ["small", "--seeds", 1, "--steps", 6, "--agents", "saq_cql", "rebrac", "--quantizers", "mixture"]
     words += [f"--flags={TINY}", "--table", folder / "t.csv", "--fits", folder / "fits"]
     return [*words, "--tasks", "maze2d-large-demos-v1", *more]
 
@@ -126,7 +126,7 @@ def undisturbed(tmp_path_factory):
 
 def test_what_a_table_holds(undisturbed):
     found = rows(undisturbed / "t.csv")
-    assert [row["agent"] for row in found] == ["prior", "rebrac", "saq_bc", "saq_cql", "td3_bc"]
+    assert [row["agent"] for row in found] == ["prior", "rebrac", "saq_cql", "td3_bc"]
     for row in found:
         assert (row["task"], row["seed"]) == ("maze2d-large-demos-v1", "0")
         assert row["quantizer"] == ("" if row["agent"] in ("rebrac", "td3_bc") else "mixture")
