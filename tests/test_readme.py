@@ -61,7 +61,7 @@ def test_commands_of_the_scripts(command, tmp_path, pytestconfig):
     if "--resume" in words or "--eval-only" in words:  # of the run that this makes
         assert run_forked("--out", tmp_path, "--no-compare", *TINY.split(), script=script).returncode == 0
         words[words.index("DIR")] = str(next(tmp_path.iterdir()))
-        words += "--eval-episodes 2 --video 1".split() if "--video" in words else []
+        words += ["--eval-episodes", "2", "--video", "1"] if "--video" in words else []
         assert run_forked(*words, script=script).returncode == 0
         return
     if "--help" in words:
