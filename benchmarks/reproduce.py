@@ -349,7 +349,8 @@ def run_all(jobs, table, options):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # The code as it is now goes to every machine, this one included: what is edited meanwhile does not change a table.
     sent = {"working_dir": str(ROOT), "excludes": ["/.git", "/.venv", "/runs", "/tests", "/wandb"]}
-    ray.init(options.address, runtime_env=sent, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    address = options.address or "local"  # not one that happens to run here
+    ray.init(address, runtime_env=sent, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     task = ray.remote(execute).options(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=3)
     threads, data = max(1, round(options.cpus_per_run)), options.data and str(options.data.resolve())
 
