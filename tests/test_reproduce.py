@@ -110,7 +110,7 @@ def rows(table):
         found = [dict(row) for row in csv.DictReader(file)]
     for row in found:
         row["curves"] = {key: value for key, value in reproduce.json.loads(row["curves"]).items() if key != "seconds"}
-        for column in ("seconds", "fit_seconds", "host"):
+        for column in ("seconds", "fit_seconds", "host", "commit"):
             del row[column]
     return found
 
