@@ -144,14 +144,10 @@ class DiscreteIQL(nn.Module):
         """obs (B, O) -> V(s) (B,): the network's, or the expectile that it would have to learn, or EMaQ's mean."""
         if not (self.args.exact_expectile or self.args.best_of):
             return self.vf(obs)[:, 0]
-        q = self.qf_target(obs)  # (B, K)
+        q, p = self.qf_target(obs), self.vqvae.prior_logits(obs).softmax(1)  # (B, K) each
         if self.args.best_of:
-            return (best_of(q, self.drawn(obs), self.args.best_of) * q).sum(1)
-        return expectile(q, self.vqvae.prior_logits(obs).softmax(1), self.args.expectile)
-
-    def drawn(self, obs):
-        """obs (B, O) -> p(k | s) (B, K) from which EMaQ draws: the prior's, but for codes outside of its support."""
-        return self.vqvae.supported(obs, self.vqvae.prior_logits(obs), self.args.support).softmax(1)
+            return (best_of(q, p, self.args.best_of) * q).sum(1)
+        return expectile(q, p, self.args.expectile)
 
     def v_loss(self, batch):
         q = self.qf_target(batch.obs).gather(1, batch.codes[:, None])[:, 0]  # (B,)
@@ -177,8 +173,9 @@ class DiscreteIQL(nn.Module):
     def policy_logits(self, obs):
         """Eq. 14, the best policy that stays near the prior: pi(k | s) ~ p(k | s) exp(A(s, k) / lambda). V(s) is the
         same for every code, so Q stands in for A = Q - V. obs (B, O) -> (B, K)."""
-        if self.args.best_of:
-            return best_of(self.qf(obs), self.drawn(obs), self.args.best_of).log()
+        if self.args.best_of:  # of codes that may act: the best could be one that may not, and leave the others nothing
+            p = self.vqvae.supported(obs, self.vqvae.prior_logits(obs), self.args.support).softmax(1)
+            return best_of(self.qf(obs), p, self.args.best_of).log()
         return self.qf(obs) / self.args.temperature + self.log_prior(obs)
 
     @torch.no_grad()

@@ -23,7 +23,8 @@ show the state s to encoder and decoder, so that one code means different action
 
 `Mixture` and `Aquadem` are two other quantizers with the same interface, one network of candidate actions each.
 
-In three parts: 1 the quantizers and their fit, 2 what makes a training step fast, 3 a user's data and files, checked.
+In four parts: 1 the quantizers and their fit, 2 what makes a training step fast, 3 a user's data and files, checked, 4
+what learns on in an environment (baselines/spot.py).
 Sizes, initialisation and the scales of the losses are those of the authors' JAX code; the paper's equations have no
 1 / D, D being the length of z. Importing it takes PyTorch and NumPy; what else a function needs, it imports itself.
 """
@@ -725,13 +726,6 @@ def parts_of(learners):
     return found
 
 
-def copy_learner(learner, twin):
-    """Gives `twin` the tensors of `learner` and the state of its optimizers; learning rates stay the twin's own."""
-    for its, part in zip(parts_of({"": twin}).values(), parts_of({"": learner}).values(), strict=True):
-        rates = {key: value for key, value in its.state_dict().items() if key == "param_groups"}
-        its.load_state_dict(copy.deepcopy(part.state_dict() | rates))
-
-
 def lock(folder):
     """A lock on `folder`, held as long as the returned object lives. Raises UserError where another process has it."""
     from filelock import FileLock, Timeout
@@ -911,79 +905,6 @@ class Transitions(NamedTuple):
         return Transitions(*(column[rows] for column in self))
 
 
-class Memory:
-    """A dataset, and behind it room for `room` new transitions: what an online phase learns from. A learner of `Run`'s,
-    which saves only what is new: the dataset is loaded again. Tensors stay where they are, as CUDA graphs ask."""
-
-    def __init__(self, data, room):
-        self.old, self.room = len(data.obs), room
-        self.columns = Transitions(*(column.new_zeros(self.old + room, *column.shape[1:]) for column in data))
-        self.obs = self.columns.obs
-        self.count = torch.tensor(self.old, device=data.obs.device)  # rows in use
-        self.began = 0  # new rows when the episode in progress began
-
-    def fill(self, data):
-        """The dataset's rows, when they have codes."""
-        for column, rows in zip(self.columns, data, strict=True):
-            column[: self.old] = rows
-
-    def new(self):
-        """The new Transitions, in the order in which they were made."""
-        return Transitions(*(column[self.old : int(self.count)] for column in self.columns))
-
-    def add(self, transition, ended):
-        """Writes a transition, Transitions without their first dimension, into the next row. ended: its episode is."""
-        for column, value in zip(self.columns, transition, strict=True):
-            column[self.count] = value
-        self.count += 1
-        self.began = int(self.count) - self.old if ended else self.began
-
-    def sample(self, batch_size):
-        """A batch of old and new transitions, drawn uniformly with replacement."""
-        rows = (torch.rand(batch_size, device=self.count.device, dtype=torch.float64) * self.count).long()
-        return Transitions(*(column[rows] for column in self.columns))
-
-    def state_dict(self):
-        rows = {name: rows.clone() for name, rows in self.new()._asdict().items()}
-        return rows | {"began": torch.tensor(self.began)}
-
-    def load_state_dict(self, state):
-        done, self.began = len(state["obs"]), int(state["began"])
-        if done > self.room:
-            raise UserError(f"{done} online steps are done: ask for no fewer (online_steps)")
-        for name, column in self.columns._asdict().items():
-            column[self.old : self.old + done] = state[name]
-        self.count.fill_(self.old + done)
-
-
-def play(explore, memory, vqvae, task, seed):
-    """Steps of `explore`, which maps obs (1, O) to an action (1, A) and a code (1,), in an environment of its own. A
-    generator: each `next` writes one transition into `memory`, its reward in the dataset's units.
-
-    An environment cannot be saved. So each episode begins from a seed of its own, and where a memory was loaded in the
-    middle of one, its actions are played again: the episode goes on as if nothing had stopped it."""
-    import gymnasium as gym
-
-    def see(obs):
-        return vqvae.normalize(torch.as_tensor(obs, dtype=torch.float32, device=memory.count.device)[None])  # (1, O)
-
-    env = gym.wrappers.RescaleAction(gym.make(task.env.spec), np.float32(-1), np.float32(1))
-    while True:
-        obs, _ = env.reset(seed=(seed + 1) * 1_000_000 + memory.began)  # no evaluation's: these are 1_000, 1_001, ...
-        for action in memory.new().actions[memory.began :]:
-            obs, *_ = env.step(action.cpu().numpy())
-        ended = False
-        while not ended:
-            here = see(obs)
-            action, code = explore(here)
-            obs, reward, terminal, timeout, _ = env.step(action[0].cpu().numpy())
-            ended = terminal or timeout  # a time limit is no terminal; a goal in the last step allowed is one
-            reward = float(task.reward(reward))
-            row = Transitions(here[0], action[0], reward, see(obs)[0], float(terminal), code[0])
-            memory.add(row, ended)
-            yield
-
-
 COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, next_observations=2)  # name: dimensions
 
 
@@ -1131,3 +1052,86 @@ def exit_in_words(main):
         hint = " Fewer codes, smaller batches or fewer samples take less memory." if memory else ""
         print(f"error: {one_line(error)}.{hint}", file=sys.stderr)
         sys.exit(2)
+
+
+# === 4. The online phase: what is learned after the dataset ===
+
+
+class Memory:
+    """A dataset, and behind it room for `room` new transitions: what an online phase learns from. A learner of `Run`'s,
+    which saves only what is new: the dataset is loaded again. Tensors stay where they are, as CUDA graphs ask."""
+
+    def __init__(self, data, room):
+        self.old, self.room = len(data.obs), room
+        self.columns = Transitions(*(column.new_zeros(self.old + room, *column.shape[1:]) for column in data))
+        self.obs = self.columns.obs
+        self.count = torch.tensor(self.old, device=data.obs.device)  # rows in use
+        self.began = 0  # new rows when the episode in progress began
+
+    def fill(self, data):
+        """The dataset's rows, when they have codes."""
+        for column, rows in zip(self.columns, data, strict=True):
+            column[: self.old] = rows
+
+    def new(self):
+        """The new Transitions, in the order in which they were made."""
+        return Transitions(*(column[self.old : int(self.count)] for column in self.columns))
+
+    def add(self, transition, ended):
+        """Writes a transition, Transitions without their first dimension, into the next row. ended: its episode is."""
+        for column, value in zip(self.columns, transition, strict=True):
+            column[self.count] = value
+        self.count += 1
+        self.began = int(self.count) - self.old if ended else self.began
+
+    def sample(self, batch_size):
+        """A batch of old and new transitions, drawn uniformly with replacement."""
+        rows = (torch.rand(batch_size, device=self.count.device, dtype=torch.float64) * self.count).long()
+        return Transitions(*(column[rows] for column in self.columns))
+
+    def state_dict(self):
+        rows = {name: rows.clone() for name, rows in self.new()._asdict().items()}
+        return rows | {"began": torch.tensor(self.began)}
+
+    def load_state_dict(self, state):
+        done, self.began = len(state["obs"]), int(state["began"])
+        if done > self.room:
+            raise UserError(f"{done} online steps are done: ask for no fewer (online_steps)")
+        for name, column in self.columns._asdict().items():
+            column[self.old : self.old + done] = state[name]
+        self.count.fill_(self.old + done)
+
+
+def play(explore, memory, vqvae, task, seed):
+    """Steps of `explore`, which maps obs (1, O) to an action (1, A) and a code (1,), in an environment of its own. A
+    generator: each `next` writes one transition into `memory`, its reward in the dataset's units.
+
+    An environment cannot be saved. So each episode begins from a seed of its own, and where a memory was loaded in the
+    middle of one, its actions are played again: the episode goes on as if nothing had stopped it."""
+    import gymnasium as gym
+
+    def see(obs):
+        return vqvae.normalize(torch.as_tensor(obs, dtype=torch.float32, device=memory.count.device)[None])  # (1, O)
+
+    env = gym.wrappers.RescaleAction(gym.make(task.env.spec), np.float32(-1), np.float32(1))
+    while True:
+        obs, _ = env.reset(seed=(seed + 1) * 1_000_000 + memory.began)  # no evaluation's: these are 1_000, 1_001, ...
+        for action in memory.new().actions[memory.began :]:
+            obs, *_ = env.step(action.cpu().numpy())
+        ended = False
+        while not ended:
+            here = see(obs)
+            action, code = explore(here)
+            obs, reward, terminal, timeout, _ = env.step(action[0].cpu().numpy())
+            ended = terminal or timeout  # a time limit is no terminal; a goal in the last step allowed is one
+            reward = float(task.reward(reward))
+            row = Transitions(here[0], action[0], reward, see(obs)[0], float(terminal), code[0])
+            memory.add(row, ended)
+            yield
+
+
+def copy_learner(learner, twin):
+    """Gives `twin` the tensors of `learner` and the state of its optimizers; learning rates stay the twin's own."""
+    for its, part in zip(parts_of({"": twin}).values(), parts_of({"": learner}).values(), strict=True):
+        rates = {key: value for key, value in its.state_dict().items() if key == "param_groups"}
+        its.load_state_dict(copy.deepcopy(part.state_dict() | rates))

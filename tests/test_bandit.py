@@ -1,4 +1,4 @@
-"""One state, two good actions: over codes every agent does one of them, and only a mean is between them."""
+"""One state, two good actions: over codes every agent does one of them, and the mean of its policy is between them."""
 
 import importlib
 
@@ -47,4 +47,5 @@ def test_every_agent_does_one_of_two_good_actions(script, quantizer, batch, monk
     for how in ("greedy", "sample"):
         assert ((acted[how].abs() - 0.8).abs() < 0.1).float().mean() > 0.95, how
     assert acted["greedy"].std() < 1e-3
-    assert acted["mean"].abs().max() < 0.8 + 0.1
+    if script != "bear":  # whose MMD lets it put nearly all on one of two equal actions
+        assert acted["mean"].abs().max() < 0.65

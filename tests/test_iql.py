@@ -126,7 +126,7 @@ def test_the_best_of_n_draws_against_drawing():
 
 
 def test_emaq_in_value_and_policy():
-    """Codes outside of the support are not drawn, whatever Q says of them; V is not trained."""
+    """The value draws from the prior, the policy from its support, whatever Q says of other codes; V is not trained."""
     iql = agent(best_of=5, support=0.5)
     obs = torch.randn(4, 3)
     iql.vqvae.prior[-1].bias.data[0] -= 100.0
@@ -134,7 +134,12 @@ def test_emaq_in_value_and_policy():
     p = iql.vqvae.supported(obs, iql.vqvae.prior_logits(obs), 0.5).softmax(1)
     assert (p[:, 0] == 0).all()
     torch.testing.assert_close(iql.policy_logits(obs).softmax(1), best_of(iql.qf(obs), p, 5))
-    torch.testing.assert_close(iql.value(obs), (best_of(iql.qf_target(obs), p, 5) * iql.qf_target(obs)).sum(1))
+    prior, q = iql.vqvae.prior_logits(obs).softmax(1), iql.qf_target(obs)
+    torch.testing.assert_close(iql.value(obs), (best_of(q, prior, 5) * q).sum(1))
+    iql.vqvae.prior[-1].bias.data[1] -= 5.0  # a code with too little of the prior to act, which the value may draw
+    iql.qf_target[-1].bias.data[1] += 1e3
+    assert (iql.policy_logits(obs)[:, 1] == -torch.inf).all()
+    assert (iql.value(obs) - (best_of(q, prior, 5) * q).sum(1)).min() > 1
     assert iql.value(obs).max() < 1e5
     before = copy.deepcopy(iql.vf.state_dict())
     assert "v_loss" not in iql.update(random_batch(16, 3, 2, 8))
