@@ -56,7 +56,7 @@ class Args:
     normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
-    compare: bool = True  # train the continuous twin after SAQ, on the same data
+    compare: bool = True  # also train what it is compared with, on the same data
     plain: bool = False  # the authors' settings, without what is added here: the fields of PLAIN
     out: str = "runs"  # folder for runs; each run makes its own folder in it
     resume: str | None = None  # go on with the run in this folder from its checkpoint

@@ -184,7 +184,8 @@ def make_jobs(options):
             if coded and not (part.twins and kind == part.quantizers[0] and chosen & set(agents[1:])):
                 agents = agents[:1]  # without its twins
             wanted = task in (options.tasks or [task]) and kind in (options.quantizers or [kind])
-            if not (wanted and chosen & set(agents)):
+            trains = chosen & set(agents)
+            if not (wanted and (trains or (coded and "prior" in chosen))):
                 continue
             name, flags, fit = "", "", None
             if coded:
@@ -192,6 +193,8 @@ def make_jobs(options):
                 flags += "" if options.paper else f" {CODE_FLAGS.get(task, '')}"
                 fit = make_command("saq_bc", task, seed, f"{flags} --use-prior --no-compare", options)
                 jobs[fit] = Job(fit, task, name, seed, {"saq_bc": "prior"})
+            if not trains:
+                continue
             flags = f"{flags} {part.flags} {'--no-compare' if len(agents) == 1 else ''}"
             command = make_command(script, task, seed, flags, options)
             agents = agents + [ONLINE[agent] for agent in agents if "--online-steps" in command]

@@ -65,6 +65,9 @@ def test_choosing_agents_chooses_twins():
         ["saq_cql"],
     ]
     assert [list(job.agents.values()) for job in plan("figure2", agents=("cql",)).values()][1] == ["saq_cql", "cql"]
+    fits = plan("small", agents=("prior",)).values()
+    assert {row[1] for job in fits for row in job.rows()} == {"prior"}
+    assert len(fits) == 6 * 3  # six tasks, three kinds
 
 
 @pytest.mark.parametrize("name", list(reproduce.PLANS))
