@@ -34,13 +34,15 @@ class Forked:
     """`python SCRIPT ARGS` in the folder `cwd`. Ends with `wait`, which gives it what a finished subprocess has.
 
     env: variables to set beside those of this process. before: a function of this module to call first, as (name,
-    *arguments). path: folders to import from. limits: {resource.RLIMIT_...: bytes}."""
+    *arguments). figures: whether they are drawn; sketches in their place save a second a run. path: folders to import
+    from. limits: {resource.RLIMIT_...: bytes}."""
 
-    def __init__(self, *args, cwd=ROOT, script="saq_cql.py", env=(), before=None, path=(), limits=None):
+    def __init__(self, *args, cwd=ROOT, script="saq_cql.py", env=(), before=None, figures=False, path=(), limits=None):
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         for stream in self.streams:
             stream.touch()
+        before = [*([before] if before else []), *([] if figures else [("sketch_figures",)])]
         job = (script, list(map(str, args)), str(cwd), {**os.environ, **dict(env)}, before, list(map(str, path)))
         self.process = context().Process(target=child, args=(*job, limits or {}, *map(str, self.streams)))
         self.process.start()
@@ -95,8 +97,8 @@ def child(script, args, cwd, env, before, path, limits, stdout, stderr):
     sys.path[:] = [str(Path(script).resolve().parent), *path, *(p for p in sys.path if p not in (str(ROOT), ""))]
     for what, size in limits.items():
         resource.setrlimit(what, (size, size))
-    if before:
-        globals()[before[0]](*before[1:])
+    for name, *arguments in before:
+        globals()[name](*arguments)
     try:
         runpy.run_path(os.path.abspath(script), run_name="__main__")
     except SystemExit as end:

@@ -52,7 +52,7 @@ def test_a_run_ends_in_a_table_and_a_picture(finished, script):
     table = process.stdout.split("return\n")[1].splitlines()[:2]
     assert [line.split()[0] for line in table] == AGENTS[script]
     assert all(len(result[agent]["last_5_scores"]) == 2 for agent in AGENTS[script])
-    assert (folder / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "comparison.png").exists()
     assert (folder / f"{script}.py").read_text() == (ROOT / "baselines" / f"{script}.py").read_text()
     assert (folder / "codes.png").exists() == (script in FLAGS)
 
@@ -105,7 +105,8 @@ def test_a_copy_beside_vqvae_trains_on_a_users_own_data(script, tmp_path):
     arrays["actions"] *= 2  # Pendulum's torque lies in [-2, 2]
     write(tmp_path / "mine.npz", arrays)
     words = ["--env", "Pendulum-v1", "--dataset-path", "mine.npz", "--no-compare", *SHORT[2:], *FLAGS.get(script, [])]
-    process = succeeded(run_forked(*words, cwd=tmp_path, script=f"{script}.py"))
+    process = succeeded(run_forked(*words, cwd=tmp_path, script=f"{script}.py", figures=True))
+    assert (only_run(tmp_path / "runs") / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "396 transitions, 4 episodes" in process.stdout
     result = json.loads((only_run(tmp_path / "runs") / "result.json").read_text())
     assert set(AGENTS[script]) & set(result) == {AGENTS[script][0]}

@@ -488,14 +488,13 @@ def test_steps_that_become_slow_are_announced_once(monkeypatch, capsys):
 
 def test_killed_at_any_moment(tiny, tmp_path, request, capsys):
     """Runs are killed after a random time, resumed (some are killed again), and at the end nothing differs from a run
-    that was left alone: not a bit of the checkpoint, the log, the results and the figures. Figures are sketches here.
+    that was left alone: not a bit of the checkpoint, the log, the results and the figures.
     `pytest -n 0 tests/test_hostile.py -k any_moment --kills 500` for more."""
     kills, rng, killed, n = request.config.getoption("kills"), random.Random(0), collections.Counter(), 0
-    sketches = dict(before=("sketch_figures",))
     durations = []
     for name in ("straight", "again"):
         begin = time.monotonic()
-        succeeded(run_forked(*tiny, "--out", tmp_path / name, **sketches))
+        succeeded(run_forked(*tiny, "--out", tmp_path / name))
         durations.append(time.monotonic() - begin)
     straight = only_run(tmp_path / "straight")
     assert_same_run(only_run(tmp_path / "again"), straight)
@@ -504,7 +503,7 @@ def test_killed_at_any_moment(tiny, tmp_path, request, capsys):
         while not finished:
             found = list(out.glob("tiny*"))
             command = ["--resume", found[0]] if found else [*tiny, "--out", out]
-            process = Forked(*command, **sketches)
+            process = Forked(*command)
             if killed.total() < kills and rng.random() < 0.8:
                 process.process.join(rng.uniform(0, durations[-1]))
                 process.kill()

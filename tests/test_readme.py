@@ -81,6 +81,7 @@ def test_commands_of_the_scripts(command, tmp_path, pytestconfig):
         "--out",
         tmp_path / "runs",
         script=script,
+        figures=True,
         env=local_datasets(command, tmp_path, pytestconfig),
     )
     assert process.returncode == 0, process.stderr

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def finish(tmp_path_factory):
     def finish(script, *options):
         if (script, *options) not in runs:
             out = tmp_path_factory.mktemp(script)
-            run = run_script if (script, *options) == ("saq_cql",) else run_forked
+            run = run_script if (script, *options) == ("saq_cql",) else partial(run_forked, figures=True)
             process = succeeded(run("--out", out, *SHORT, *options, script=f"{script}.py"))
             runs[script, *options] = (only_run(out), process)
         return runs[script, *options]
@@ -118,12 +119,12 @@ def test_the_other_scripts(finish, script, agents, logged):
 def test_killed_and_resumed_is_bit_for_bit_the_same(finish, tmp_path, script, phase, options):
     """kill -9 some time after the first checkpoint of a phase, --resume, and nothing differs at the end."""
     finished, _ = finish(script, *options)
-    process = Forked("--out", tmp_path, *SHORT, *options, script=f"{script}.py")
+    process = Forked("--out", tmp_path, *SHORT, *options, script=f"{script}.py", figures=True)
     wait_for(process, lambda: [file for file in tmp_path.glob("[!.]*/checkpoint.pt") if has_begun(file, phase)])
     process.kill()
     folder = only_run(tmp_path)
     assert checkpoint(folder)["done"] != checkpoint(finished)["done"]
-    succeeded(run_forked("--resume", folder, script=f"{script}.py"))
+    succeeded(run_forked("--resume", folder, script=f"{script}.py", figures=True))
     assert_same_run(folder, finished)
 
 
