@@ -294,8 +294,8 @@ def make_table(runs, score, reps):
 
 
 def is_substitute(run):
-    """Whether the data stand in for those that the task is named after."""
-    return re.search("data are (not|of another)", run.provenance) is not None
+    """Whether the data stand in for those that the task is named after: not the demonstrations that ship here."""
+    return "-demos-" not in run.task and re.search("data are (not|of another)", run.provenance) is not None
 
 
 def notes_on_data(runs):
@@ -458,6 +458,8 @@ def label_seconds(panel, runs):
     ends = [run.fit_seconds + run.curves["seconds"][[0, -1]] for run in runs]
     low, high = max(np.min(ends), 0.1) / 1.2, np.max(ends) * 1.2
     ticks = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 36_000: "10 h", 360_000: "100 h"}
+    if high < 20 * low:
+        ticks |= {3: "3 s", 30: "30 s", 120: "2 min", 300: "5 min", 1800: "30 min", 10_800: "3 h", 108_000: "30 h"}
     panel.set(xscale="log", xlim=(low, high))
     panel.set_xticks([seconds for seconds in ticks if low <= seconds <= high])
     panel.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: ticks.get(round(seconds), "")))
@@ -467,6 +469,8 @@ def label_seconds(panel, runs):
 
 def learning_curves(runs, over):
     """Figures of scores over "steps" or "seconds": a row a task, a column a family; as many as it takes."""
+    priors = [run for run in runs if run.agent == "prior"]  # which have no course: lines in the panels of others
+    runs = [run for run in runs if run.agent != "prior"]
     tasks = list(dict.fromkeys(run.task for run in runs))
     names = list(dict.fromkeys(family(run.agent) for run in sorted(runs, key=rank)))
     for top in range(0, len(tasks), PAGE[1]):
@@ -474,10 +478,10 @@ def learning_curves(runs, over):
             rows, columns = tasks[top : top + PAGE[1]], names[left : left + PAGE[0]]
             shown = [run for run in runs if run.task in rows and family(run.agent) in columns]
             if shown:
-                yield curves_page(shown, rows, columns, over)
+                yield curves_page(shown, priors, rows, columns, over)
 
 
-def curves_page(runs, tasks, names, over):
+def curves_page(runs, priors, tasks, names, over):
     legends = [{run.label: look(run) for run in sorted(runs, key=rank) if family(run.agent) == name} for name in names]
     figure, axes = panels(len(tasks), [name.upper() for name in names], legends, sharex=True, sharey="row")
     for i, task in enumerate(tasks):
@@ -487,13 +491,20 @@ def curves_page(runs, tasks, names, over):
             for group in by_label(own).values():
                 steps, seconds, scores = align(group, "score")
                 draw_band(panel, steps if over == "steps" else seconds, scores, **look(group[0]))
+                kind = group[0].quantizer
+                if scores := [run.score for run in priors if (run.task, run.quantizer) == (task, kind)]:
+                    panel.axhline(np.mean(scores), color=CODES[kind], linestyle=":", linewidth=1)
             for run in own[:1]:
                 panel.axhline(run.data_score, color="grey", linewidth=0.8, zorder=0)
+        low, high = axes[i, 0].get_ylim()
+        room = max(0, 10 - (high - low)) / 2  # ten points at least: less is no difference to look at
+        axes[i, 0].set_ylim(low - room, high + room)
     for panel in axes[-1]:
         label_steps(panel) if over == "steps" else label_seconds(panel, runs)
     name_lines(axes, legends)
+    text = "Mean over seeds, band: ± standard error; grey: the data's own episodes; dotted: a quantizer's prior alone."
     later = "" if over == "steps" else " The fit of a quantizer comes first, so its agents begin later."
-    caption(figure, runs, f"Mean score over seeds, band: ± standard error; grey: the data's own episodes.{later}")
+    caption(figure, runs, text + later)
     return figure
 
 

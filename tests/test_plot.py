@@ -366,6 +366,20 @@ def test_every_agent_of_a_panel_looks_otherwise():
     assert all((line == "-") == (i < 4) for i, (_, line) in enumerate(looks))
 
 
+def test_a_quantizers_prior_is_a_line_in_the_panels_over_its_codes():
+    """And a panel shows ten points at least, so that noise looks small."""
+    agents = [("saq_bc", "mixture", 50.0), ("bc", "", 51.0), ("prior", "mixture", 49.0)]
+    (figure,) = plot.learning_curves(
+        runs_of(*(row("t", agent, kind, 0, score) for agent, kind, score in agents)), "steps"
+    )
+    (panel,) = figure.axes
+    dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
+    assert [set(line.get_ydata()) for line in dotted] == [{49.0}]
+    assert dotted[0].get_color() == plot.CODES["mixture"]
+    low, high = panel.get_ylim()
+    assert high - low >= 10
+
+
 def test_captions_say_what_the_data_are(toy):
     runs = plot.read(toy)
     for figure in plot.learning_curves(runs, "steps"):
