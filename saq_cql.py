@@ -144,7 +144,7 @@ class DiscreteCQL(nn.Module):
         td_loss = (q_data - td_target).square().mean()
         # The conservative penalty log sum_k exp Q(s, k) - Q(s, k_data). It is the cross-entropy of softmax(Q) with the
         # data's codes (Eq. 12), so a large alpha turns SAQ-CQL into behavioural cloning. CQL(rho) has sum_k p(k | s)
-        # exp Q(s, k) under the log: nothing to learn but Q. CQL's first version leaves out Q(s, k_data).
+        # exp Q(s, k) under the log: a Q alike for all codes is not pushed. CQL's first version leaves out Q(s, k_data).
         rho = self.vqvae.prior_logits(batch.obs).log_softmax(1).detach() if self.args.penalty == "cql_rho" else 0.0
         penalty = (q + rho).logsumexp(1).mean() - (0.0 if self.args.penalty == "v1" else q_data.mean())
         loss = td_loss + self.args.alpha * penalty
@@ -167,6 +167,8 @@ class DiscreteCQL(nn.Module):
         """obs (B, O), as vqvae.normalize returns them -> actions (B, A): what the best code stands for, or one drawn
         from softmax(Q), or the mean of all under it."""
         q = self.qf_average(obs) if self.args.average else self.qf(obs)  # (B, K)
+        if self.args.penalty == "cql_rho":  # whose Q says nothing of the data: its policy is p(k | s) exp Q(s, k)
+            q = q + self.vqvae.prior_logits(obs).log_softmax(1)
         return self.vqvae.act(obs, q, self.args.act, self.args.support)
 
     @torch.no_grad()
@@ -213,7 +215,8 @@ class Critic(nn.Module):
 class ContinuousCQL(nn.Module):
     """CQL(H), where an entropy bonus H makes the highest Q a log-sum-exp: here an integral over actions, estimated by
     importance sampling. It is trained by soft actor-critic: two critics, and a policy that raises Q plus its
-    entropy at a learned price, the temperature. As in young-geng/JaxCQL, from which SAQ's authors started.
+    entropy at a learned price, the temperature; the critics' target leaves the entropy out. As in young-geng/JaxCQL,
+    from which SAQ's authors started.
 
     Its protocol is DiscreteCQL's. Read of `args`: lr, discount, cql_alpha, cql_samples, polyak."""
 

@@ -389,8 +389,8 @@ def codebook_health(vqvae, obs, actions):
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
     per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state is exp of what
     codes tell of the state (their mutual information): that much is to be learned before a policy chooses well.
-    persistence: correlation of what two actions in a row, of 500 pairs, differ by from the policy's mean action. Near 0
-    it is noise, and the mean may act; where it is large, demonstrators kept to one of several intentions.
+    persistence: cosine similarity of what two actions in a row, of 500 pairs, differ by from the prior's mean action.
+    Near 0 it is noise, and the mean may act; where it is large, demonstrators kept to one of several intentions.
     reconstruction_error: mean squared error over rows and dimensions; ..._a0, ..._a1: of each dimension.
     """
     codes = vqvae.encode_dataset(obs, actions)
@@ -419,7 +419,7 @@ def describe_health(health):
     words += f"{health['per_state']:.1f} of them in one state, persistence {health['persistence']:.2f}, "
     words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
     if health["used"] < 0.5:
-        words += "\nWARNING: MOST CODES ARE DEAD. Revive them (revive_every above 0), start from k-means "
+        words += "\nWARNING: MOST CODES ARE DEAD. In a vqvae, revive them (revive_every above 0), start from k-means "
         words += "(kmeans_init), or ask for fewer (num_codes). A mixture may keep more than it needs."
     if health["perplexity"] > 10 * health["per_state"]:
         words += "\nwarning: which code is meant depends on the state much more than on the action, so that a policy "
@@ -464,8 +464,9 @@ class Linear(nn.Linear):
     """nn.Linear in a form that torch.compile makes more of: it merges the bias with the ReLU, and a layer with a single
     output with all around it, where a call of a matrix product would take longer than the product.
 
-    Where `prepare` asks for it, layers `between` two hidden ones multiply in bfloat16, forward and backward: numbers of
-    8 bits, summed in float32. Observations, outputs, losses and what the optimizer adds up stay in float32."""
+    Where `prepare` asks for it, layers `between` two hidden ones multiply in bfloat16, forward and backward: numbers
+    of 8 significant bits, summed in float32. Observations, outputs, losses and what the optimizer adds up stay in
+    float32."""
 
     bfloat16 = False  # of the class: whether `prepare` has asked for it
     between = False  # of a layer: `mlp` knows
@@ -586,21 +587,20 @@ def with_cuda_graph(update):
 def with_a_word_when_slow(update, block=100, seconds=20.0, times=10.0):
     """Says once when `block` updates take `times` as long as the fastest ones did, and at least so many seconds: on a
     machine shared with other work, the threads of one product wait for each other longer than they work."""
-    fastest, begin, calls, said = math.inf, time.perf_counter(), 0, False
+    fastest, took, calls, said = math.inf, 0.0, 0, False
 
     def step():
-        nonlocal fastest, begin, calls, said
-        if calls % block == 0:
-            begin = time.perf_counter()
+        nonlocal fastest, took, calls, said
+        begin = time.perf_counter()
         info = update()
-        calls += 1
+        took, calls = took + time.perf_counter() - begin, calls + 1  # without evaluations, between two calls
         if calls % block == 0:
-            took = time.perf_counter() - begin
             fastest = min(fastest, took)
             if took > max(seconds, times * fastest) and not said:
                 said = True
                 words = "Where other programs share the processor, stop, and resume with OMP_NUM_THREADS=1."
                 print(f"\nwarning: a step takes {took / fastest:.0f} times as long as the fastest ones did. {words}")
+            took = 0.0
         return info
 
     return step
@@ -1058,8 +1058,9 @@ def exit_in_words(main):
 
 
 class Memory:
-    """A dataset, and behind it room for `room` new transitions: what an online phase learns from. A learner of `Run`'s,
-    which saves only what is new: the dataset is loaded again. Tensors stay where they are, as CUDA graphs ask."""
+    """A dataset, and behind it room for `room` new transitions: what an online phase learns from. A `Run` saves
+    its state_dict, which holds what is new: the dataset is loaded again. Tensors stay where they are, as CUDA graphs
+    ask."""
 
     def __init__(self, data, room):
         self.old, self.room = len(data.obs), room

@@ -43,6 +43,13 @@ def test_cql_rho_does_not_mind_a_q_that_is_the_same_for_all_codes():
     assert gradient.abs().max() < 0.01
 
 
+def test_cql_rho_acts_by_the_prior_where_q_is_the_same_for_all_codes():
+    cql, obs = agent(penalty="cql_rho", act="mean", support=0.0, average=0.0), torch.randn(5, 3)
+    cql.qf[-1].weight.data.zero_()
+    p, candidates = cql.vqvae.prior_logits(obs).softmax(1), cql.vqvae.candidates(obs)
+    torch.testing.assert_close(cql.act(obs), (p[..., None] * candidates).sum(1).detach())
+
+
 @pytest.mark.parametrize("kind", ["cql_h", "cql_rho", "v1"])
 def test_the_penalty_passes_nothing_to_the_quantizer(kind):
     cql, batch = agent(penalty=kind), random_batch()
