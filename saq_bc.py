@@ -9,7 +9,7 @@ a classifier, which keeps as many modes as there are codes, and whose loss is ex
     3. `DiscreteBC.update` trains a network with K outputs by the cross-entropy -log pi(k | s)
     4. `DiscreteBC.act` decodes a code of pi; three twins learn the same data: regression, a Gaussian, a mixture
 
-What differs from the authors' code is in docs/saq_bc.md; --plain undoes it.
+What differs from the authors' code is in docs/saq_bc.md; --plain undoes most of it.
 
     python saq_bc.py                                              # three maze demonstrations
     python saq_bc.py --env door-human-v0 --no-compare             # a D4RL name; downloads the dataset once
@@ -95,7 +95,6 @@ HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(act="mean", support=0.0),
-    "kitchen- maze2d- pen- door- hammer- relocate-": dict(),
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice

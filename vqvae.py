@@ -121,8 +121,8 @@ class ActionVQVAE(Quantizer):
     obs_dim, action_dim: O and A. num_codes: K. code_dim: D, the length of a codebook vector. action_only: the paper's
     ablation (Table 3), in which every network sees zeros in place of the state. lr: learning rate of Adam.
 
-    The prior is a by-product, a cloned policy that passes no gradient to the rest. The agents that need one train their
-    own, on codes that no longer change while they learn; saq_bc.py can take this one instead.
+    The prior is a by-product, a cloned policy that passes no gradient to the rest. The agents that need p(k | s) take
+    it as it is when the fit ends.
     """
 
     def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, code_dim=128, hidden=(512, 512)):

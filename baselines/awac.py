@@ -5,13 +5,14 @@ The best policy that stays near the dataset's own, p, at a price of lambda for e
     pi(a | s)  ~  p(a | s) exp(A(s, a) / lambda),     A = Q - V
 
 Over continuous actions AWAC (Nair et al., 2020, arXiv:2006.09359) comes near it by a regression onto the dataset's
-actions, weighted by exp(A / lambda): clipped, without its normaliser (so that states weigh as much as their advantages
+actions, weighted by exp(A / lambda), without its normaliser (so that states weigh as much as their advantages
 do), with one sampled action for V and for the critics' target. Over the K codes of a quantizer all of it is a sum:
 
     pi(k | s) = softmax(log p(k | s) + Q(s, k) / lambda)           target: r + gamma sum_k pi(k | s') Q(s', k)
 
 V is the same for every code and drops out; no policy network is trained. SAQ-IQL acts by the same policy and has
-another target; SAQ-BRAC with --actor-free --no-value-penalty is this agent with a floor under p.
+another target; SAQ-BRAC with --actor-free --no-value-penalty and alpha = beta = lambda is this agent with a floor under
+p and weight decay.
 
     python baselines/awac.py                                             # three maze demonstrations
     python baselines/awac.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
@@ -92,8 +93,8 @@ class Args:
     polyak: float = 0.005  # rate at which target networks follow
 
 
-# Fields by the first letters of a task's name; a flag wins. Lambda is CORL's for adroit and mazes (0.1), the authors' 2
-# for locomotion, and ours for the demonstrations.
+# Fields by the first letters of a task's name; a flag wins. Lambda is CORL's for adroit and mazes (0.1), and ours
+# for locomotion, where the authors have 2, and for the demonstrations.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),

@@ -5,7 +5,8 @@ actions, along a velocity v(s, x, t) that is learned by regression on straight l
 
     ||v(s, x_t, t) - (a - z)||^2,     x_t = (1 - t) z + t a,     z ~ N(0, 1), t uniform in [0, 1]
 
-Following v in ten Euler steps from t = 0 to 1 draws an action as the dataset would. Two agents act on it:
+where ||.||^2 is the mean over the action's dimensions. Following v in ten Euler steps from t = 0 to 1 draws an action
+as the dataset would. Two agents act on it:
 
     FQL    distils the flow into a policy mu(s, z) of one step, which is paid for Q as well (Park, Li and Levine, "Flow
            Q-Learning", ICML 2025, arXiv:2502.02538):     alpha ||mu(s, z) - flow(s, z)||^2 - Q(s, mu(s, z)) / mean |Q|

@@ -160,7 +160,7 @@ def network(in_dim, out_dim, layers, layer_norm, bound):
     modules = []
     for fan_in in [in_dim, *[256] * (layers - 1)]:
         layer = Linear(fan_in, 256)
-        layer.between = fan_in == 256  # two hidden layers: in bfloat16, where it is asked for
+        layer.between = bool(modules)  # two hidden layers: in bfloat16, where it is asked for
         nn.init.constant_(layer.bias, 0.1)
         modules += [layer, nn.ReLU()] + ([nn.LayerNorm(256)] if layer_norm else [])
     last = Linear(256, out_dim)

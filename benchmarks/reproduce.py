@@ -136,6 +136,9 @@ PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_
 TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
 CODE_FLAGS = {"door-human-v0": "--act greedy"}
+# Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
+PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}
+PAPER_FLAGS = {("saq_iql", task): "--temperature 1" for task in ADROIT}
 
 
 @dataclass
@@ -190,7 +193,7 @@ def make_jobs(options):
             name, flags, fit = "", "", None
             if coded:
                 name, flags = f"{kind} {variant}".strip(), f"--quantizer {kind} {variant}"
-                flags += "" if options.paper else f" {CODE_FLAGS.get(task, '')}"
+                flags += f" {PAPER_CODE_FLAGS.get(kind, '')}" if options.paper else f" {CODE_FLAGS.get(task, '')}"
                 fit = make_command("saq_bc", task, seed, f"{flags} --use-prior --no-compare", options)
                 jobs[fit] = Job(fit, task, name, seed, {"saq_bc": "prior"})
             if not trains:
@@ -216,7 +219,7 @@ def make_command(script, task, seed, flags, options):
     words = [f"python {script}.py --env {task} --seed {seed}", flags]
     words += [f"--{name.replace('_', '-')} {value}" for name, value in budget.items()]
     if options.paper:
-        words += ["--plain"]
+        words += ["--plain", PAPER_FLAGS.get((script, task), "")]
     else:
         words += [TASK_FLAGS.get(task, ""), SCRIPT_FLAGS.get(script, "")]
     words += [options.flags]

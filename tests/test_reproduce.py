@@ -42,6 +42,15 @@ def test_table1_has_every_task_agent_and_seed():
     )
 
 
+def test_papers_own_settings_where_plain_has_others():
+    commands = list(plan("table5", paper=True))
+    aquadem = [command for command in commands if "--quantizer aquadem" in command]
+    assert aquadem
+    assert all("--num-codes 10" in command for command in aquadem)
+    iql = {command.split()[3]: "--temperature 1 " in f"{command} " for command in commands if "saq_iql.py" in command}
+    assert {task for task, flag in iql.items() if flag} == set(reproduce.ADROIT)
+
+
 def test_a_quantizer_is_fitted_once_and_before_it_is_needed():
     jobs = list(plan("small", data=ROOT).values())
     fits = [job.command for job in jobs if "--use-prior" in job.command]
