@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # offline_envs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # offline_envs
 
 
 @dataclass

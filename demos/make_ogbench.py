@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # vqvae
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vqvae
 from vqvae import UserError, check_numbers, exit_in_words, write_file
 
 
