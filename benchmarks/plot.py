@@ -552,7 +552,8 @@ def exact_figures(runs, quantity, name, title, note):
     agent over codes beside its twin."""
     series = {f"{quantity}_{kind}": (line, words) for kind, (line, words) in SERIES.items()}
     runs = [run for run in sorted(runs, key=rank) if family(run.agent) == name and series.keys() & run.curves.keys()]
-    tasks = list(dict.fromkeys(run.task for run in runs))
+    estimated = {run.task for run in runs if f"{quantity}_sampled" in run.curves}  # without one, nothing to compare
+    tasks = list(dict.fromkeys(run.task for run in runs if run.task in estimated))
     for top in range(0, len(tasks), PAGE[1]):
         rows = tasks[top : top + PAGE[1]]
         shown = [run for run in runs if run.task in rows]
