@@ -239,7 +239,7 @@ def test_six_runs_at_once(tiny, tmp_path):
 
 def test_two_processes_in_one_folder(run):
     """The second one is told; the first one goes on."""
-    first = Forked("--resume", run, "--steps", 100_000)
+    first = Forked("--resume", run, "--steps", 100_000, "--compile", "off")
     wait_for(first, lambda: "run: " in first.stdout)
     assert "another process is training in" in one_sentence(run_forked("--resume", run))
     first.send_signal(signal.SIGTERM)

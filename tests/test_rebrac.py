@@ -152,9 +152,9 @@ def test_between_two_good_actions_a_strong_penalty_ends_in_the_middle(name):
 
 def test_the_policy_leaves_the_data_where_q_is_higher():
     """A bandit that pays a: data in [-0.5, 0.5], a policy that is hardly held ends above them."""
-    obs = torch.zeros(256, 1)
-    actions = torch.linspace(-0.5, 0.5, 256)[:, None]
-    batch = Steps(obs, actions, actions[:, 0] + 2, obs, torch.ones(256), actions)
+    obs = torch.zeros(64, 1)
+    actions = torch.linspace(-0.5, 0.5, 64)[:, None]
+    batch = Steps(obs, actions, actions[:, 0] + 2, obs, torch.ones(64), actions)
     ends = {}
     for beta in (0.01, 100.0):
         agent = ReBRAC(1, 1, dataclasses.replace(Args(), lr=1e-3), beta, 0.0, 2, False, True)
