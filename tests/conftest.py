@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=8, help="how often test_hostile.py kills a run")
+    parser.addoption("--kills", type=int, default=12, help="how often test_hostile.py kills a run")
 
 
 @pytest.fixture(autouse=True)

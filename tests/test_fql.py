@@ -99,10 +99,10 @@ def test_a_constant_velocity_carries_noise_along_a_straight_line():
     torch.testing.assert_close(flow.follow(torch.zeros(20, 3), z), expected)
 
 
-def two_modes(agent, steps=500):
-    obs, actions = torch.zeros(128, 1), torch.where(torch.arange(128) % 4 == 0, -0.8, 0.8)[:, None]
-    batch = random_batch(size=128)._replace(
-        obs=obs, next_obs=obs, actions=actions, rewards=torch.ones(128), terminals=torch.ones(128)
+def two_modes(agent, steps=1500):
+    obs, actions = torch.zeros(256, 1), torch.where(torch.arange(256) % 4 == 0, -0.8, 0.8)[:, None]
+    batch = random_batch(size=256)._replace(
+        obs=obs, next_obs=obs, actions=actions, rewards=torch.ones(256), terminals=torch.ones(256)
     )
     for _ in range(steps):
         agent.update(batch)
@@ -112,9 +112,9 @@ def two_modes(agent, steps=500):
 @pytest.mark.parametrize("name", ["fql", "ifql"])
 def test_two_modes_stay_two_modes(name):
     """A quarter of the data at -0.8, the rest at 0.8, all paid alike: nothing acts in the middle."""
-    args = arguments(width=64, lr=4e-3, alpha=30.0, candidates=1)
+    args = arguments(width=64, lr=2e-3, alpha=30.0, candidates=1)
     acted = two_modes(make_agents(1, 1, args)[name])
-    assert (acted.abs() > 0.5).float().mean() > 0.8
+    assert (acted.abs() > 0.5).float().mean() > 0.9
     assert (acted > 0).float().mean().item() == pytest.approx(0.75, abs=0.12)
 
 

@@ -483,6 +483,22 @@ def test_steps_that_become_slow_are_announced_once(monkeypatch, capsys):
         assert capsys.readouterr().out.count("OMP_NUM_THREADS=1") == said
 
 
+def test_an_evaluation_is_no_slow_step(monkeypatch, capsys):
+    """However long it takes: the time between two steps is not theirs."""
+    clock = [0.0]
+    monkeypatch.setattr(vqvae.time, "perf_counter", lambda: clock[0])
+
+    def update():
+        clock[0] += 0.01
+        return {}
+
+    step = vqvae.with_a_word_when_slow(update)
+    for i in range(300):
+        clock[0] += 1_000.0 if i == 250 else 0.0
+        step()
+    assert capsys.readouterr().out == ""
+
+
 # --- kill -9 ---
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from test_closed_forms import random_batch
 
-from baselines.rebrac import Args, ReBRAC, Steps, make_agents, with_next_actions
-from vqvae import Transitions, minimize
+from baselines.rebrac import Args, ReBRAC, Steps, make_agents, network, with_next_actions
+from vqvae import Linear, Transitions, minimize
 
 
 def steps(size=64):
@@ -148,6 +148,13 @@ def test_between_two_good_actions_a_strong_penalty_ends_in_the_middle(name):
         agent.update(batch)
     assert agent.act(obs[:1]).abs().item() < 0.1
     assert agent.diagnose(batch)["distance"].item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("in_dim", [3, 256])
+def test_observations_are_not_multiplied_in_bfloat16(in_dim):
+    """Nor in a first layer whose input is as wide as the hidden ones are."""
+    layers = [module for module in network(in_dim, 1, 3, True, 1e-3) if isinstance(module, Linear)]
+    assert [layer.between for layer in layers] == [False, True, True, False]
 
 
 def test_the_policy_leaves_the_data_where_q_is_higher():
