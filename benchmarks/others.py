@@ -1,10 +1,13 @@
 """The updates of other implementations, at the sizes of speed.py, where they can be imported.
 
-`d3rlpy`: pip install d3rlpy. `saq_official`: a checkout of jianlanluo/SAQ, with jax, flax, optax, distrax and
-ml_collections installed. `corl`: a checkout of tinkoff-ai/CORL. Each function returns {update: function that takes one
-gradient step}. What only their command lines need (gym, D4RL, trackers) is left out: nothing here runs it.
+`d3rlpy`: pip install d3rlpy. `saq_official`, `fql_official`: checkouts of jianlanluo/SAQ and seohongpark/fql, with jax,
+flax, optax, distrax and ml_collections installed. `corl`: a checkout of tinkoff-ai/CORL. Each function returns {update:
+function that takes one gradient step}. What only their command lines need (gym, D4RL, trackers) is left out: nothing
+here runs it.
 """
 
+import importlib.util
+import itertools
 import sys
 from unittest.mock import MagicMock
 
@@ -84,27 +87,83 @@ def saq_official_updates(folder, obs_dim, action_dim, num_codes):
     return {"vqvae fit": step(vqn.train_vqvae), "saq_cql": step(vqn.train_dqn), "cql": step(cql.train)}
 
 
+def fql_official_updates(folder, obs_dim, action_dim):
+    """FQL and IFQL by their authors, and the ReBRAC beside which they set them, at the sizes of ours."""
+    sys.path.insert(0, str(folder))
+    import jax
+    from agents import fql, ifql, rebrac
+
+    data, rng = random_data(obs_dim, action_dim), np.random.default_rng(0)
+    data |= {"masks": 1 - data["dones"], "next_actions": data["actions"]}
+
+    def step(module, kind, layers, turns):
+        config = module.get_config()
+        config.actor_hidden_dims = config.value_hidden_dims = (256,) * layers
+        agent = kind.create(0, data["observations"][:1], data["actions"][:1], config)
+
+        def update():
+            nonlocal agent
+            rows = rng.integers(ROWS, size=BATCH)
+            agent, info = agent.update({key: column[rows] for key, column in data.items()}, **next(turns))
+            jax.block_until_ready(info)
+
+        return update
+
+    every_second = itertools.cycle([{"full_update": False}, {"full_update": True}])  # a step moves ReBRAC's policy
+    return {
+        "fql": step(fql, fql.FQLAgent, 2, itertools.repeat({})),
+        "ifql": step(ifql, ifql.IFQLAgent, 2, itertools.repeat({})),
+        "rebrac": step(rebrac, rebrac.ReBRACAgent, 3, every_second),
+    }
+
+
 def corl_updates(folder, obs_dim, action_dim):
-    """CORL's IQL, with its Gaussian policy."""
-    sys.path.insert(0, str(folder / "algorithms" / "offline"))
+    """CORL's IQL, TD3+BC, AWAC (three hidden layers, where ours has two) and SPOT."""
     leave_out("gym", "d4rl", "wandb", "pyrallis")
     import torch
-    from iql import GaussianPolicy, ImplicitQLearning, TwinQ, ValueFunction
 
-    parts = {
-        "actor": GaussianPolicy(obs_dim, action_dim, 1.0),
-        "q_network": TwinQ(obs_dim, action_dim),
-        "v_network": ValueFunction(obs_dim),
+    def load(kind, name):
+        spec = importlib.util.spec_from_file_location(f"corl_{name}", folder / "algorithms" / kind / f"{name}.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def with_optimizers(**parts):
+        """The networks, and an Adam for each, by the names of CORL's arguments."""
+        adams = {name: torch.optim.Adam(part.parameters(), 3e-4) for name, part in parts.items()}
+        return parts | {f"{name.removesuffix('_network')}_optimizer": adam for name, adam in adams.items()}
+
+    iql, td3_bc, awac = (load("offline", name) for name in ("iql", "td3_bc", "awac"))
+    spot = load("finetune", "spot")
+    sizes, columns = (obs_dim, action_dim), [torch.as_tensor(c) for c in random_data(obs_dim, action_dim).values()]
+    columns[2], columns[4] = columns[2][:, None], columns[4][:, None]  # rewards and dones (N, 1)
+    for_iql = with_optimizers(
+        actor=iql.GaussianPolicy(*sizes, 1.0), q_network=iql.TwinQ(*sizes), v_network=iql.ValueFunction(obs_dim)
+    )
+    for_td3 = with_optimizers(
+        actor=td3_bc.Actor(*sizes, 1.0), critic_1=td3_bc.Critic(*sizes), critic_2=td3_bc.Critic(*sizes)
+    )
+    for_awac = with_optimizers(
+        actor=awac.Actor(*sizes, 256), critic_1=awac.Critic(*sizes, 256), critic_2=awac.Critic(*sizes, 256)
+    )
+    for_spot = with_optimizers(
+        actor=spot.Actor(*sizes, 1.0),
+        critic_1=spot.Critic(*sizes),
+        critic_2=spot.Critic(*sizes),
+        vae=spot.VAE(*sizes, 2 * action_dim, 1.0),
+    )
+    learners = {
+        "iql": iql.ImplicitQLearning(max_action=1.0, **for_iql).train,
+        "td3_bc": td3_bc.TD3_BC(max_action=1.0, **for_td3).train,
+        "awac": awac.AdvantageWeightedActorCritic(**for_awac).update,
+        "spot": spot.SPOT(max_action=1.0, **for_spot).train,
     }
-    optimizers = {
-        f"{name.split('_')[0]}_optimizer": torch.optim.Adam(part.parameters(), 3e-4) for name, part in parts.items()
-    }
-    learner = ImplicitQLearning(max_action=1.0, **parts, **optimizers)
-    columns = [torch.as_tensor(column) for column in random_data(obs_dim, action_dim).values()]
-    columns[2], columns[4] = columns[2][:, None], columns[4][:, None]
 
-    def step():
-        rows = torch.randint(ROWS, (BATCH,))
-        learner.train([column[rows] for column in columns])
+    def step(learn):
+        def update():
+            rows = torch.randint(ROWS, (BATCH,))
+            learn([column[rows] for column in columns])
 
-    return {"iql": step}
+        return update
+
+    return {name: step(learn) for name, learn in learners.items()}

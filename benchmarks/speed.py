@@ -6,7 +6,7 @@
 An update, its matrix products alone, and the update in bfloat16 where the device has it, are timed in turn, in short
 bursts, and shares are medians over the bursts: on a shared machine absolute speeds drift, ratios within one run hold.
 Sizes: hopper's 11 observations and 3 actions, 64 codes, batch 256. Beside them the steps of others: of d3rlpy where it
-is installed, and of the checkouts that --saq-official and --corl name (others.py says what they need).
+is installed, and of the checkouts that --saq-official, --fql-official and --corl name (others.py says what they need).
 
 Then SAQ-CQL in as many processes of one thread each as there are cores, beside one process with all threads; and a file
 in D4RL's layout is loaded, in a process of its own: its seconds beside those that h5py takes to read the arrays, and
@@ -50,7 +50,9 @@ from vqvae import (
     ActionVQVAE,
     Linear,
     Transitions,
+    UserError,
     accelerate,
+    exit_in_words,
     fit,
     has_bfloat16,
     load_arrays,
@@ -65,13 +67,15 @@ OBS, ACTIONS, CODES, BATCH = 11, 3, 64, 256
 
 @dataclass
 class Options:
+    only: tuple[str, ...] = ()  # time these updates and nothing else, by their names in the table
     compile: bool = True  # torch.compile the updates, as the scripts do in long runs
     rounds: int = 15  # bursts of each phase
     burst: float = 0.4  # seconds of one burst
     transitions: int = 2_000_000  # of the file that is loaded, with antmaze's 29 observations and 8 actions
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     saq_official: Path | None = None  # a checkout of jianlanluo/SAQ, to time its steps as well
-    corl: Path | None = None  # a checkout of tinkoff-ai/CORL, to time its IQL as well
+    fql_official: Path | None = None  # a checkout of seohongpark/fql, to time its FQL, IFQL and ReBRAC as well
+    corl: Path | None = None  # a checkout of tinkoff-ai/CORL, to time its IQL, TD3+BC, AWAC and SPOT as well
     table: Path | None = None  # a CSV for the rates; reproduce.py estimates hours by benchmarks/results/speed.csv
     # --- In place of all that ---
     to: float | None = None  # the score that SAQ-CQL, then CQL, are to reach in two evaluations in a row, on one core
@@ -170,6 +174,8 @@ def other_updates(options, device):
         found["d3rlpy"] = others.d3rlpy_updates(OBS, ACTIONS, CODES, device)
     if options.saq_official:
         found["official"] = others.saq_official_updates(options.saq_official, OBS, ACTIONS, CODES)
+    if options.fql_official:
+        found["FQL's"] = others.fql_official_updates(options.fql_official, OBS, ACTIONS)
     if options.corl:
         found["CORL"] = others.corl_updates(options.corl, OBS, ACTIONS)
     names = sorted({update for steps in found.values() for update in steps})
@@ -318,10 +324,14 @@ def main():
         return time_to(options)
     device, compile = prepare(options.device), "on" if options.compile else "off"
     rows = [["update", "steps_per_second", "products_per_second", "share", "bfloat16_per_second", "bfloat16_ratio"]]
-    print("".join(f"{name:>20}" for name in rows[0]))
     ours, reduced = updates(device), updates(device) if has_bfloat16(options.device) else {}
+    if unknown := set(options.only) - set(ours):
+        raise UserError(f"no update is called {min(unknown)!r}: --only takes some of {', '.join(ours)}.")
+    print("".join(f"{name:>20}" for name in rows[0]))
     steps = {}
     for name, update in ours.items():
+        if options.only and name not in options.only:
+            continue
         contenders = {"limit": multiply(update, device)}
         contenders = {"ours": fast(update, device, compile)} | contenders
         steps[name] = contenders["ours"]
@@ -338,9 +348,13 @@ def main():
         options.table.write_text("".join(",".join(row) + "\n" for row in rows))
     # Others come afterwards: from here on their threads are there, too, and short steps of ours feel it.
     for update, theirs in other_updates(options, device).items():
+        if update not in steps:
+            continue
         found = race({"ours": steps[update]} | theirs, options, device)
         for name in theirs:
             print(f"{update}: {name} {found[name][0]:.1f} steps/s, ours {found[name][1]:.1f} times that", flush=True)
+    if options.only:
+        return
 
     cores = os.cpu_count()
     if device.type == "cpu" and cores > 1:
@@ -359,4 +373,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    exit_in_words(main)

@@ -108,6 +108,16 @@ def test_the_benchmark(tmp_path):
     assert all(float(row["steps_per_second"]) > 0 and float(row["share"]) > 0 for row in timed.values())
 
 
+def test_one_update_is_timed():
+    options = "--rounds 1 --burst 0.01 --no-compile --only"
+    process = run_script(*options.split(), "bc", script="benchmarks/speed.py")
+    assert process.returncode == 0, process.stderr
+    assert [row[:20].strip() for row in process.stdout.splitlines()] == ["update", "bc"]
+    process = run_script(*options.split(), "nothing", script="benchmarks/speed.py")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: no update is called 'nothing': --only takes some of vqvae fit, ")
+
+
 def test_products_are_counted():
     """Of one layer: forward, the gradient of its weights and, where asked for, that of its input."""
     layer, x = torch.nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
