@@ -86,6 +86,8 @@ FILES = {
     "halfcheetah-medium-replay-v2": "halfcheetah_medium-replay-d4rlsim.hdf5",
     "door-human-v0": "door-human-v0.hdf5",
 }
+CUBE = "cube-single-play-singletask-task2-v0"  # of OGBench; in --data, what demos/make_ogbench.py makes
+FILES[CUBE] = "ogbench/cube-single-play-v0.npz"
 
 
 class Part(NamedTuple):
@@ -124,11 +126,17 @@ PLANS = {
     ],
     "baselines": [Part(SMALL, BASELINES, ["mixture"])],
     "codes": [Part([HOPPERS[0], MAZE], SAQ[:3], ["mixture"], [f"--num-codes {k}" for k in (8, 16, 64, 128)], False)],
+    "ogbench": [
+        Part([CUBE], ["saq_iql"], ["mixture"]),
+        Part([CUBE], ["saq_cql", "saq_bc"], ["mixture"], twins=False),
+        Part([CUBE], ["baselines/rebrac", "baselines/fql"]),
+    ],
     "online": [Part([MAZE, "hopper-medium-replay-v2"], ["baselines/spot"], ["mixture"], flags="--online-steps 20000")],
 }
 
 # The budget of today's tables, far below the paper's so that they take hours and not weeks; and the authors' (--paper).
 BUDGET = dict(steps=10_000, vq_steps=10_000, eval_every=1_000, final_episodes=20)
+OGBENCH_BUDGET = dict(steps=20_000, vq_steps=15_000, eval_every=2_000, final_episodes=50)
 PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
 # Of today's tables, what differs by task and script. All episodes of the expert's file return nearly the same, which
 # IQL's scaling of rewards would blow up. IQL's published inverse temperature is for a million steps: after so few, the
@@ -207,7 +215,7 @@ def make_jobs(options):
 
 def make_command(script, task, seed, flags, options):
     """The command of one run with the name of its data, not their folder, so that it means the same everywhere."""
-    budget = dict(PAPER_BUDGET if options.paper else BUDGET)
+    budget = dict(PAPER_BUDGET if options.paper else OGBENCH_BUDGET if options.name == "ogbench" else BUDGET)
     if options.steps is not None:
         budget |= dict(steps=options.steps, vq_steps=options.steps, eval_every=max(1, options.steps // 10))
     if script == "baselines/spot":
@@ -220,7 +228,7 @@ def make_command(script, task, seed, flags, options):
     words += [f"--{name.replace('_', '-')} {value}" for name, value in budget.items()]
     if options.paper:
         words += ["--plain", PAPER_FLAGS.get((script, task), "")]
-    else:
+    elif task != CUBE:
         words += [TASK_FLAGS.get(task, ""), SCRIPT_FLAGS.get(script, "")]
     words += [options.flags]
     if options.data is not None and task in FILES and not options.paper:
