@@ -247,6 +247,8 @@ class ContinuousBRAC(nn.Module):
         self.qf = nn.ModuleList([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)])
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.register_buffer("step", torch.zeros((), dtype=torch.float64))  # updates so far; CUDA graphs need a tensor
+        # Updates of the warm-up: saved, so that it does not begin anew in a run that goes on with more steps.
+        self.register_buffer("warm_up", torch.tensor(args.warm_up * args.steps, dtype=torch.float64))
         self.behaviour_optimizer = adamw(self.behaviour.parameters(), args.lr)
         self.actor_optimizer = adamw(self.actor.parameters(), 0.1 * args.lr)
         self.qf_optimizer = adamw(self.qf.parameters(), args.lr)
@@ -285,7 +287,7 @@ class ContinuousBRAC(nn.Module):
         info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
         polyak_update(self.qf_target, self.qf, self.args.polyak)
         # Rate 1, a copy, until the warm-up ends; then 0, no change.
-        polyak_update(self.actor, self.behaviour, self.step <= self.args.warm_up * self.args.steps)
+        polyak_update(self.actor, self.behaviour, self.step <= self.warm_up)
         return info
 
     @torch.no_grad()
@@ -514,7 +516,7 @@ def report(run, agents, vqvae, task, episodes):
 
 
 # The figure's panel for what an agent's `diagnose` finds: its title, and the line of each series.
-DIAGNOSIS = "KL from the data's policy\nexact (solid), from one sample (dotted)"
+DIAGNOSIS = "KL from the data's policy\nexact (solid), from four samples (dotted)"
 LINES = {"kl_exact": "-", "kl_sampled": ":"}
 
 

@@ -96,14 +96,14 @@ class Args:
     beta: float = 3.0  # inverse temperature: weights are exp(beta A). SAQ's lambda divides instead: beta = 1 / lambda
 
 
-# Fields by the first letters of a task's name; a flag wins. From SAQ's code ("authors") and IQL's: no paper has them.
+# Fields by the first letters of a task's name; a flag wins. Lambda = 10: chosen here; the rest: SAQ's code and IQL's.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 LOCOMOTION = dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean")
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0, beta=0.1),
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
-    # Lambda: the authors' for adroit, 1 / beta, untried, for the rest; expectile (0.7) and beta: IQL's, robomimic's.
+    # Lambda: of the authors' sweep for adroit; 1 / beta, untried, below. Expectile (0.7), beta: IQL's, robomimic's.
     "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5),
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
@@ -123,7 +123,7 @@ class DiscreteIQL(nn.Module):
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
     Read of `args`: lr, weight_decay, discount, expectile, polyak, temperature, prior_floor, exact_expectile, best_of,
-    act, support."""
+    act, support. Raises UserError for exact_expectile together with best_of."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()

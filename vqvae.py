@@ -389,8 +389,9 @@ def codebook_health(vqvae, obs, actions):
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
     per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state is exp of what
     codes tell of the state (their mutual information): that much is to be learned before a policy chooses well.
-    persistence: cosine similarity of what two actions in a row, of 500 pairs, differ by from the prior's mean action.
-    Near 0 it is noise, and the mean may act; where it is large, demonstrators kept to one of several intentions.
+    persistence: with d_t the action of row t less the prior's mean action there, the cosine similarity of d_t and
+    d_(t+1), of 500 pairs of rows. Near 0 d is noise, and the mean may act; where it is large, demonstrators kept to
+    one of several intentions.
     reconstruction_error: mean squared error over rows and dimensions; ..._a0, ..._a1: of each dimension.
     """
     codes = vqvae.encode_dataset(obs, actions)
@@ -1000,7 +1001,11 @@ def find_ends(arrays, limit):
 
 
 def make_transitions(arrays, env, device):
-    """Checks the arrays and turns them into Transitions; returns these and the return (E,) of each episode."""
+    """A user's arrays, checked, as Transitions on `device`, all codes 0, and the return (E,) of each episode.
+
+    arrays: observations (N, O), actions (N, A), rewards (N,), terminals (N,) and, if there are any, timeouts (N,) and
+    next_observations (N, O), episodes in a row. env: tells the bounds of actions and the time limit; None: actions lie
+    in [-1, 1]. Rows whose next observation is unknown are left out. Raises UserError where the arrays do not fit."""
     returns = arrays.get("returns")  # of tasks whose data pay otherwise than their environment does
     arrays = check_arrays(arrays, env)
     outside = (np.abs(arrays["actions"]) > 1).any(1)

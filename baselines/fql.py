@@ -10,11 +10,11 @@ as the dataset would. Two agents act on it:
 
     FQL    distils the flow into a policy mu(s, z) of one step, which is paid for Q as well (Park, Li and Levine, "Flow
            Q-Learning", ICML 2025, arXiv:2502.02538):     alpha ||mu(s, z) - flow(s, z)||^2 - Q(s, mu(s, z)) / mean |Q|
-    IFQL   trains IQL's V and Q beside the flow, and acts by the best of 32 of its actions: what saq_iql.py does with
-           codes, with the flow in place of the quantizer
+    IFQL   trains IQL's V and Q beside the flow, and acts by the best of 32 of its actions, as `saq_iql.py --best-of`
+           does over codes
 
-FQL is what papers of 2025 compare themselves with. Its distance holds noise by noise, so it keeps what the data do in
-several ways; rebrac.py's, from the mean, does not.
+FQL is what papers of 2025 compare themselves with. It compares mu(s, z) with the flow's action of the same z, so that
+every z may keep a way of its own; rebrac.py has one action in each state.
 
     python baselines/fql.py                                             # three maze demonstrations
     python baselines/fql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout

@@ -1,4 +1,5 @@
-"""SAQ-CQL on three maze demonstrations, step by step: what `python saq_cql.py` does, in cells to be run one at a time.
+"""SAQ-CQL on three maze demonstrations, step by step: the method of saq_cql.py, in cells to be run one at a time. To be
+short, it leaves observations as they are, and the agent's learning rate constant.
 
     python demos/walkthrough.py        (or cell by cell, in an editor that knows `# %%`; a minute on a core)
 
@@ -35,8 +36,8 @@ def show(figure, name):
         display(Image(filename=str(FIGURES / name)))
 
 
-# %% The data: 2,400 transitions of a point that is pushed through a maze. States are places and velocities (4 numbers),
-# actions are forces on it (2 numbers in [-1, 1]). The demonstrator's hand shakes: its actions carry noise.
+# %% The data: some 2,400 transitions of a point that is pushed through a maze. States are places and velocities (4
+# numbers), actions are forces on it (2 numbers in [-1, 1]). The demonstrator's hand shakes: its actions carry noise.
 torch.manual_seed(0)
 args = defaults("maze2d-large-demos-v1")  # what saq_cql.py takes for this task, 4 codes among it
 task, data = load_task(args.env, None, torch.device("cpu"))

@@ -99,6 +99,18 @@ def test_brac_twin_follows_the_model_of_the_data_at_first():
     assert brac.actor_optimizer.initial_lr == pytest.approx(0.1 * brac.qf_optimizer.initial_lr)
 
 
+def test_a_warm_up_that_is_over_stays_over():
+    """In a run that goes on with ten times the steps, too."""
+    batch, args = random_batch(), dataclasses.replace(saq_brac.Args(), steps=10, warm_up=0.2)
+    brac, longer = ContinuousBRAC(3, 2, args), ContinuousBRAC(3, 2, dataclasses.replace(args, steps=100))
+    for _ in range(5):
+        brac.update(batch)
+    longer.load_state_dict(brac.state_dict())
+    longer.update(batch)
+    pairs = zip(longer.actor.parameters(), longer.behaviour.parameters(), strict=True)
+    assert not any(torch.equal(policy, model) for policy, model in pairs)
+
+
 def test_brac_twin_estimates_the_divergence_of_two_gaussians():
     """Of the squashed ones, which is that of the Gaussians before tanh: known in closed form."""
     brac = ContinuousBRAC(3, 2, saq_brac.Args())

@@ -1,5 +1,6 @@
 """The scripts in baselines/ as programs: runs, copies, resuming, bad input; and their agents in a loop of one's own."""
 
+import copy
 import inspect
 import json
 import re
@@ -143,9 +144,12 @@ def test_agents_in_a_loop_of_ones_own(script, name):
     columns = [obs, torch.rand(32, 2) * 2 - 1, torch.rand(32), obs + 1, torch.zeros(32), torch.arange(32) % 4]
     batch = Transitions(*columns)
     batch = module.Steps(*columns[:5], columns[1]) if script == "rebrac" else batch
-    for _ in range(2):
+    before = copy.deepcopy(agent.state_dict())
+    for _ in range(4):  # ReBRAC's policy moves in the second, its target first in the fourth
         info = agent.update(batch)
     assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in info.values())
+    still = {key.split(".")[0] for key, value in agent.state_dict().items() if torch.equal(value, before[key])}
+    assert still <= {"vqvae", "vae", "caution", "warm_up"}  # all that learns has moved: targets and prices, too
     actions = agent.act(obs)
     assert actions.shape == (32, 2)
     assert actions.abs().max() <= 1

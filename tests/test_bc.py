@@ -51,6 +51,15 @@ def test_two_modes_stay_two_modes():
     assert regression.act(obs).abs().max() < 0.2
 
 
+def test_regression_finds_the_mean():
+    obs, actions = torch.ones(64, 2), torch.where(torch.arange(64) % 4 == 0, -0.8, 0.8)[:, None]
+    batch = random_batch()._replace(obs=obs, actions=actions)
+    regression = DeterministicBC(2, 1, dataclasses.replace(Args(), lr=1e-2))
+    for _ in range(100):
+        regression.update(batch)
+    assert regression.act(obs[:1]).item() == pytest.approx(0.4, abs=0.02)
+
+
 def test_using_the_prior_learns_nothing_more():
     vqvae = ActionVQVAE(3, 2, 8, hidden=(8,))
     agent = DiscreteBC(3, vqvae, dataclasses.replace(Args(), use_prior=True))

@@ -37,6 +37,12 @@ def test_value_by_hand():
             assert values[i].item() == pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
+def test_prior_floor():
+    brac = agent(prior_floor=-2.0)
+    brac.vqvae.prior[-1].bias.data[0] = 50.0
+    assert brac.log_prior(torch.randn(4, 3)).min() == -2.0
+
+
 def test_kl_against_sampling():
     """The exact divergence is the mean of log pi - log p over the policy's own codes."""
     brac, batch = agent(), random_batch(size=4)

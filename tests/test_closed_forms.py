@@ -101,6 +101,13 @@ def test_acting_decodes_the_best_code_and_clips():
     assert agent.act(obs).abs().max() == 1
 
 
+def test_the_average_of_the_network_acts():
+    agent = DiscreteCQL(3, ActionVQVAE(3, 2, 8, hidden=(8,)), dataclasses.replace(Args(), support=0.0, act="greedy"))
+    agent.qf[-1].bias.data[3] = agent.qf_average[-1].bias.data[5] = 9.0
+    obs = torch.randn(4, 3)
+    assert torch.equal(agent.act(obs), agent.vqvae.decode(obs, torch.full((4,), 5)).clamp(-1, 1))
+
+
 def test_acting_by_sampling_follows_softmax_q():
     vqvae = ActionVQVAE(3, 1, 4, hidden=(8,))
     vqvae.decode = lambda obs, codes: codes[:, None] / 10
@@ -214,6 +221,30 @@ def test_continuous_td_target_uses_the_lower_target_critic():
     assert loss.item() == pytest.approx(2 * (4 + 1) / 2, rel=1e-5)
 
 
+def test_continuous_losses_by_hand():
+    """The critics' penalty on fixed samples; the policy's loss, and what its temperature is moved by."""
+    agent, batch = ContinuousCQL(3, 2, dataclasses.replace(Args(), cql_alpha=2.0)), random_batch()
+    for parameter in agent.qf.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    samples, log_prob = agent.penalty_samples(batch)
+    agent.penalty_samples = lambda batch: (samples, log_prob)
+    expected = 0.0
+    for qf in agent.qf:
+        weighted = [(qf(batch.obs, x[None])[0] - log_p).exp() for x, log_p in zip(samples, log_prob, strict=True)]
+        expected += (torch.stack(weighted).sum(0).log() - qf(batch.obs, batch.actions[None])[0]).mean()
+    loss, info = agent.qf_loss(batch)
+    torch.testing.assert_close(info["penalty"], expected.detach())
+    torch.testing.assert_close(loss, info["td_loss"] + 2 * expected)
+    actions, log_prob = agent.actor.sample(batch.obs, 1)
+    agent.actor.sample = lambda obs, n: (actions, log_prob)
+    agent.log_temperature.data.fill_(0.7)
+    q = torch.minimum(*(qf(batch.obs, actions) for qf in agent.qf))
+    loss = agent.actor_loss(batch)[0]
+    torch.testing.assert_close(loss, (math.exp(0.7) * log_prob - q).mean() - 0.7 * (log_prob.mean() - 2))
+    (gradient,) = torch.autograd.grad(loss, agent.log_temperature)
+    torch.testing.assert_close(gradient, 2 - log_prob.mean().detach())
+
+
 def test_actor_loss_leaves_the_critics_alone():
     agent, batch = ContinuousCQL(3, 2, Args()), random_batch()
     agent.update(batch)
@@ -273,6 +304,14 @@ def test_kmeans_finds_separate_clusters():
     torch.manual_seed(2)  # with two starts in different clusters
     init_codebook(vqvae, None, None)
     assert vqvae.codebook.flatten().sort().values.tolist() == [-5.0, 5.0]
+
+
+def test_a_fit_begins_with_kmeans_where_it_is_asked_to(monkeypatch):
+    called, vqvae, obs = [], ActionVQVAE(3, 2, 4, hidden=(8,)), torch.randn(64, 3)
+    monkeypatch.setattr("vqvae.init_codebook", lambda vqvae, obs, actions: called.append(len(obs)))
+    for start in (0, 1):  # not where it goes on
+        list(fit(vqvae, obs, obs[:, :2].tanh(), steps=2, start=start, kmeans_init=True))
+    assert called == [4096]
 
 
 def test_fit_separates_two_modes_of_action():

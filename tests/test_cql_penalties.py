@@ -36,10 +36,10 @@ def test_cql_rho_does_not_mind_a_q_that_is_the_same_for_all_codes():
     codes = cql.vqvae.prior(batch.obs).softmax(1).multinomial(1)[:, 0]
     batch = batch._replace(codes=codes)
     assert cql.loss(batch)[1]["penalty"].abs() < 1e-5
-    q = cql.qf(batch.obs)
-    rho = cql.vqvae.prior_logits(batch.obs).log_softmax(1).detach()
-    penalty = (q + rho).logsumexp(1).mean() - q.gather(1, codes[:, None]).mean()
-    (gradient,) = torch.autograd.grad(penalty, cql.qf[-1].bias)
+    cql.qf_target.load_state_dict(cql.qf.state_dict())
+    loss, info = cql.loss(batch._replace(rewards=3.7 - 0.99 * 3.7 * torch.ones(20_000)))  # no TD error
+    assert info["td_loss"] < 1e-6
+    (gradient,) = torch.autograd.grad(loss, cql.qf[-1].bias)
     assert gradient.abs().max() < 0.01
 
 
@@ -73,9 +73,13 @@ def safety_penalty(q, data):
 def test_a_safety_critic_needs_the_other_sign():
     """A gradient step of its penalty raises Q of codes without data and lowers that of the data's; CQL's own does the
     reverse, and would call unknown codes safe."""
-    for sign, penalty in ((1, safety_penalty), (-1, lambda q, data: q.logsumexp(-1).mean() - q[data].mean())):
-        q = torch.zeros(5, requires_grad=True)
-        penalty(q, [2]).backward()
-        moved = -q.grad * sign
-        assert (moved[[0, 1, 3, 4]] > 0).all()
+    q = torch.zeros(8, requires_grad=True)
+    (safety,) = torch.autograd.grad(safety_penalty(q, [2]), q)
+    cql, batch = agent(alpha=1.0), random_batch()
+    cql.qf[-1].weight.data.zero_()  # Q is its last bias, 0 for every code; rewards of 0: there is no TD error
+    batch = batch._replace(codes=torch.full((64,), 2), rewards=torch.zeros(64))
+    (ours,) = torch.autograd.grad(cql.loss(batch)[0], cql.qf[-1].bias)
+    for sign, gradient in ((1, safety), (-1, ours)):
+        moved = -gradient * sign
+        assert (moved[[0, 1, 3, 4, 5, 6, 7]] > 0).all()
         assert moved[2] < 0

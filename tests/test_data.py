@@ -149,6 +149,7 @@ def test_all_scripts_on_door(tmp_path, script):
     process = run_forked(*options.split(), "--dataset-path", data, "--out", tmp_path, script=f"{script}.py")
     succeeded(process)
     assert "6704 transitions, 25 episodes, returns 230.1 to 1496.2" in process.stdout
+    assert "actions leave [-1, 1], up to 1.37: clipped" in process.stdout
     result = json.loads(next(tmp_path.glob("*/result.json")).read_text())
     assert np.isfinite([result[script]["score"], result[script.removeprefix("saq_")]["score"]]).all()
 

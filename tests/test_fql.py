@@ -125,6 +125,12 @@ def test_the_best_of_many_candidates_acts():
     torch.testing.assert_close(agent.act(torch.zeros(8, 1)), torch.full((8, 1), 0.37), atol=0.05, rtol=0)
 
 
+def test_critics_of_ifql_by_hand():
+    agent, batch = IFQL(3, 2, arguments(discount=0.5)), random_terminals()
+    y = (batch.rewards + 0.5 * (1 - batch.terminals) * agent.vf(batch.next_obs)[:, 0]).detach()
+    compare(agent.qf_loss(batch)[0], (agent.qf(batch.obs, batch.actions) - y).square().mean(), agent.qf)
+
+
 def test_v_is_the_expectile_of_q_over_the_data():
     """One state, whose actions have Q of 0 and 1 alike often: V solves tau (1 - V) = (1 - tau) V."""
     agent = IFQL(1, 1, arguments(expectile=0.8, lr=1e-2))

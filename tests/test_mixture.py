@@ -104,6 +104,14 @@ def test_aquadem_is_a_mixture_with_a_fixed_sigma_and_a_uniform_prior():
     assert torch.equal(aquadem.encode(obs, actions), (actions[:, None] - u).norm(dim=-1).argmin(1))
 
 
+def test_aquadem_learns_its_prior_beside_and_drops_units_out():
+    aquadem, obs, actions = Aquadem(3, 2, 5), torch.randn(40, 3), torch.rand(40, 2)
+    loss, info = aquadem(obs, actions)
+    torch.testing.assert_close(loss, info["loss"] + info["prior_loss"])
+    assert aquadem(obs, actions)[1]["loss"] != info["loss"]
+    assert torch.equal(aquadem.candidates(obs), aquadem.candidates(obs))  # in the fit alone
+
+
 # --- Acting ---
 
 

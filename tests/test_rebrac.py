@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_closed_forms import random_batch
 
 from baselines.rebrac import Args, ReBRAC, Steps, make_agents, network, with_next_actions
-from vqvae import Linear, Transitions, minimize
+from vqvae import Linear, Transitions, adamw, minimize
 
 
 def steps(size=64):
@@ -109,14 +109,29 @@ def test_policy_and_targets_move_in_every_second_update():
 
 
 def test_skipped_updates_leave_no_trace_in_adam():
-    """Two updates are for the policy what one would be."""
+    """Two updates are for the policy what one would be, on the critics of the second."""
     agent, batch = agents()["rebrac"], steps()
+    agent.update(batch)
     other = copy.deepcopy(agent)
+    torch.manual_seed(0)
     agent.update(batch)
-    agent.update(batch)
+    torch.manual_seed(0)
+    minimize(*other.qf_loss(batch), other.qf_optimizer)
+    other.actor_optimizer = adamw(other.actor.parameters(), other.args.lr)  # one that knows of no update
+    minimize(*other.actor_loss(batch), other.actor_optimizer)
+    for ours, expected in zip(agent.actor.parameters(), other.actor.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
     state = agent.actor_optimizer.state_dict()["state"]
     assert {value["step"].item() for value in state.values()} == {1}
-    assert len(state) == len(list(other.actor.parameters()))
+
+
+@pytest.mark.parametrize(("drawn", "noise"), [(1.0, 0.2), (10.0, 0.5)])
+def test_the_noise_of_the_target_is_scaled_and_clipped(drawn, noise, monkeypatch):
+    agent, seen = agents()["rebrac"], []
+    agent.td_target = lambda batch, noise: seen.append(noise) or batch.rewards
+    monkeypatch.setattr(torch, "randn_like", lambda like: torch.full_like(like, drawn))
+    agent.qf_loss(steps())
+    torch.testing.assert_close(seen[0], torch.full((64, 2), noise))
 
 
 def test_next_actions_are_the_datasets():
@@ -144,6 +159,8 @@ def test_between_two_good_actions_a_strong_penalty_ends_in_the_middle(name):
     batch = Steps(obs, actions, torch.ones(256), obs, torch.ones(256), actions)
     args = dataclasses.replace(Args(), actor_beta=10.0, alpha=0.1, lr=1e-3)
     agent = make_agents(1, 1, args)[name]
+    agent.actor[-1].bias.data.fill_(1.0)
+    assert agent.act(obs[:1]).item() > 0.7
     for _ in range(400):
         agent.update(batch)
     assert agent.act(obs[:1]).abs().item() < 0.1

@@ -152,6 +152,23 @@ def test_what_a_table_holds(undisturbed):
     assert (again.returncode, (undisturbed / "t.csv").read_bytes()) == (0, before)
 
 
+def test_what_a_row_says(tmp_path):
+    job = reproduce.Job("python x.py", "hopper", "mixture", 0, {"saq_bc": "saq_bc", "bc": "bc"}, "fit")
+    logged = {}
+    for agent in job.agents:
+        logged[f"{agent}/score"] = ([1, 2, 3, 4, 5, 6], [9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+        logged[f"{agent}/seconds"] = ([1, 2, 3, 4, 5, 6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    result = {"saq_bc": {"score": 7.0}, "bc": {"score": 8.0}, "data_score": 50.0, "provenance": "whence"}
+    outcome = dict(logged=logged, host="here", result=result)
+    fit = {"logged": {"quantizer/seconds": ([9], [45.0])}}
+    found = reproduce.Table(tmp_path / "t.csv").add(job, outcome, fit, "abc")
+    columns = ["agent", "quantizer", "score", "final", "seconds", "fit_seconds", "data_score", "provenance", "host"]
+    assert [[row[column] for column in columns] for row in found] == [
+        ["saq_bc", "mixture", "3", "7", "6", "45", "50", "whence", "here"],
+        ["bc", "", "3", "8", "6", "", "50", "whence", "here"],
+    ]
+
+
 def test_a_table_of_other_commands_is_refused(undisturbed, tmp_path):
     line = one_sentence(run_script(*flags(undisturbed, "--steps", 7), script=SCRIPT))
     assert "is of other commands: pass another --table" in line

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SHARED_DATA,
     assert_same_run,
     checkpoint,
     dataset,
@@ -175,16 +174,6 @@ def test_without_an_environment_training_runs_and_says_so(tmp_path):
     process = succeeded(run_forked("--env", "none", "--dataset-path", path, "--out", tmp_path / "runs", *SHORT))
     assert "evaluation is skipped" in process.stdout
     assert checkpoint(only_run(tmp_path / "runs"))["done"] == {"quantizer": 60, "saq_cql": 60, "cql": 60}
-
-
-@pytest.mark.skipif(not (SHARED_DATA / "door-human-v0.hdf5").exists(), reason="the human demonstrations are not here")
-def test_door(tmp_path):
-    path = SHARED_DATA / "door-human-v0.hdf5"
-    command = ["--env", "door-human-v0", "--dataset-path", path, "--out", tmp_path, "--no-compare", *SHORT]
-    process = succeeded(run_forked(*command))
-    assert "6704 transitions, 25 episodes" in process.stdout
-    assert "actions leave [-1, 1], up to 1.37: clipped" in process.stdout
-    assert -5 < json.loads((only_run(tmp_path) / "result.json").read_text())["saq_cql"]["score"] < 20
 
 
 def test_options_of_the_quantizer_and_tracking(tmp_path):
