@@ -4,8 +4,8 @@
     python benchmarks/held_out.py --env door-human-v0 --dataset-path door-human-v0.hdf5
 
 A fifth of the episodes is kept aside, and each quantizer is fitted to the others. Then its own policy, p(k | s), is
-asked for actions, aside and, for comparison, in 1,000 rows of each that it was fitted to. Distances are Euclidean, the
-lower the better:
+asked for actions in 1,000 rows that were kept aside and, for comparison, in 1,000 that it was fitted to. The first four
+numbers are distances, the lower the better:
 
     energy     E |X - a| - E |X - X'| / 2, where X and X' are draws of the policy and a is what the data did: no policy
                scores better, on average, than the one that made the data (Gneiting and Raftery, JASA 2007)
@@ -87,9 +87,9 @@ def main():
             obs = quantizer.normalize(data.obs)
             for _ in fit(quantizer, obs[rows["seen"]], data.actions[rows["seen"]], args.vq_steps, compile="auto"):
                 pass
-            for name, its in rows.items():
-                its = its[torch.randperm(len(its))[:1000]]
-                values = imitation(quantizer, obs[its], data.actions[its])
+            for name, chosen in rows.items():
+                chosen = chosen[torch.randperm(len(chosen))[:1000]]
+                values = imitation(quantizer, obs[chosen], data.actions[chosen])
                 print(f"{kind:14}{seed:5} {name:6}" + "".join(f"{v:11.3f}" for v in values), flush=True)
 
 
