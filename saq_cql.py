@@ -308,7 +308,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 
 SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
-PLAIN |= dict(average=0.0, alpha=20.0)
+PLAIN |= dict(average=0.0, alpha=20.0, target_every=200)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}

@@ -137,6 +137,9 @@ def test_defaults_are_those_of_the_table(script):
     assert script.defaults("Pendulum-v1") == script.Args(env="Pendulum-v1")
     plain = vars(script.defaults("hopper-expert-v2", plain=True))
     assert plain == vars(expected) | {"plain": True} | script.PLAIN
+    plain, bare = (vars(script.defaults(task, plain=True)) for task in ("hopper-medium-replay-v2", "Pendulum-v1"))
+    kept = {"env", "reward_scale"} | ({"alpha", "beta"} if script is saq_brac else set())  # IQL's; BRAC's are unknown
+    assert {field for field in plain if plain[field] != bare[field]} <= kept  # nothing that was chosen here
 
 
 # --- The quantizer alone ---
