@@ -98,11 +98,11 @@ class Args:
 
 
 # Fields by the first letters of a task's name; a flag wins. What is said of the authors comes from their code.
-LOCOMOTION = dict(act="mean", decay=False, target_every=100)
+LOCOMOTION = dict(act="mean", decay=False, target_every=100, cql_alpha=20.0)
 HPARAMS = {
     # Chosen here, on these demonstrations (to end in five minutes), and on data that stand in for hopper-expert's.
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
-    "hopper-expert-": dict(alpha=100.0, act="mean", vq_steps=20_000, steps=40_000, eval_every=2_000),
+    "hopper-expert-": dict(alpha=100.0, cql_alpha=20.0, act="mean", vq_steps=20_000, steps=40_000, eval_every=2_000),
     # Alpha: the default, 20, is of what the authors sweep (15, 20, 30); for antmaze CORL's. The rest: docs/results.md.
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
@@ -309,7 +309,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 
 SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
-PLAIN |= dict(average=0.0, alpha=20.0, target_every=200)
+PLAIN |= dict(average=0.0, alpha=20.0, target_every=200, cql_alpha=5.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
 FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
