@@ -92,7 +92,7 @@ class Args:
     weight_decay: float = 1e-3  # AdamW's weight decay (the official code hands it to Adam as beta1, by mistake)
     average: float = 0.001  # rate of the running average of the Q network that acts; 0: the trained network acts
     # --- Continuous CQL ---
-    cql_alpha: float = 5.0  # weight of the sampled conservative penalty
+    cql_alpha: float = 5.0  # weight of the sampled conservative penalty; 5 is the authors'
     cql_samples: int = 10  # actions drawn from each of: uniform, policy in s, policy in s'
     polyak: float = 0.005  # rate at which target critics follow the critics
 
