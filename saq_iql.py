@@ -104,7 +104,7 @@ HPARAMS = {
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
     # Lambda: of the authors' sweep for adroit; 1 / beta, untried, below. Expectile (0.7), beta: IQL's, robomimic's.
-    "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5),
+    "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5, act="sample"),  # people: docs/vqvae.md
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50),

@@ -140,10 +140,9 @@ OGBENCH_BUDGET = dict(steps=20_000, vq_steps=15_000, eval_every=2_000, final_epi
 PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
 # Of today's tables, what differs by task and script. All episodes of the expert's file return nearly the same, which
 # IQL's scaling of rewards would blow up. IQL's published inverse temperature is for a million steps: after so few, the
-# advantages that it multiplies are noise. People at the door have several intentions, whose mean is none of them.
+# advantages that it multiplies are noise.
 TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
-CODE_FLAGS = {"door-human-v0": "--act greedy"}
 # Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
 PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}
 PAPER_FLAGS = {("saq_iql", task): "--temperature 1" for task in ADROIT}
@@ -201,7 +200,7 @@ def make_jobs(options):
             name, flags, fit = "", "", None
             if coded:
                 name, flags = f"{kind} {variant}".strip(), f"--quantizer {kind} {variant}"
-                flags += f" {PAPER_CODE_FLAGS.get(kind, '')}" if options.paper else f" {CODE_FLAGS.get(task, '')}"
+                flags += f" {PAPER_CODE_FLAGS.get(kind, '')}" if options.paper else ""
                 fit = make_command("saq_bc", task, seed, f"{flags} --use-prior --no-compare", options)
                 jobs[fit] = Job(fit, task, name, seed, {"saq_bc": "prior"})
             if not trains:
