@@ -95,7 +95,7 @@ HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(act="mean", support=0.0),
-    "pen- door- hammer- relocate-": dict(act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(act="sample"),  # docs/vqvae.md, "Acting"
     "antmaze-": dict(eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
@@ -221,7 +221,7 @@ class MixtureBC(nn.Module):
         super().__init__()
         self.args, self.modes = args, modes
         self.actor = mlp(obs_dim, modes * (1 + 2 * action_dim), hidden=(256, 256))
-        with torch.no_grad():  # means that began at the same action would stay together
+        with torch.no_grad():  # Gaussians that began alike would stay together
             self.actor[-1].bias.uniform_(-1, 1)
         self.optimizer = adamw(self.actor.parameters(), args.lr)
 

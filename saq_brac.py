@@ -104,7 +104,7 @@ HPARAMS = {  # by the first letters of a task's name; a flag wins
     "maze2d-large-demos-": dict(PRICE, num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper- halfcheetah- walker2d- ant-": dict(PRICE, act="mean", support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(PRICE, act="mean", support=0.0),
-    "pen- door- hammer- relocate-": dict(PRICE, act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(PRICE, act="sample"),  # docs/vqvae.md, "Acting"
     "kitchen-": PRICE,
     "antmaze- maze2d-": dict(alpha=0.1, beta=0.1, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(alpha=1.0, beta=1.0, eval_episodes=50),

@@ -105,7 +105,7 @@ HPARAMS = {
     "hopper-expert-": dict(alpha=100.0, cql_alpha=20.0, act="mean", vq_steps=20_000, steps=40_000, eval_every=2_000),
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
-    "pen- door- hammer- relocate-": dict(act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(act="sample"),  # docs/vqvae.md, "Acting"
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice

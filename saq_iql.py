@@ -104,7 +104,7 @@ HPARAMS = {
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
     # Lambda: of the authors' sweep for adroit; 1 / beta, untried, below. Expectile (0.7), beta: IQL's, robomimic's.
-    "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5, act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5, act="sample"),  # docs/vqvae.md, "Acting"
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50),
@@ -118,7 +118,7 @@ HPARAMS = {
 
 class DiscreteIQL(nn.Module):
     """IQL over the K codes of a frozen quantizer: V, one Q network with K outputs, the quantizer's prior p(k | s), and
-    no policy network. Networks have SAQ-CQL's size; the authors' are 256-256.
+    no policy network. Networks have two hidden layers of 512, where the authors have 256.
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
@@ -155,7 +155,7 @@ class DiscreteIQL(nn.Module):
         return v_loss, {"v_loss": v_loss}
 
     def qf_loss(self, batch):
-        """TD toward V(s'): no action is rated that the data (or, with exact_expectile, the prior) does not support."""
+        """TD toward V(s'): no action is rated that the data (or, where V is computed, the prior) does not support."""
         with torch.no_grad():
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * self.value(batch.next_obs)
         q_data = self.qf(batch.obs).gather(1, batch.codes[:, None])[:, 0]  # (B,)
@@ -172,7 +172,7 @@ class DiscreteIQL(nn.Module):
 
     def policy_logits(self, obs):
         """Eq. 14, the best policy that stays near the prior: pi(k | s) ~ p(k | s) exp(A(s, k) / lambda). V(s) is the
-        same for every code, so Q stands in for A = Q - V. obs (B, O) -> (B, K)."""
+        same for every code, so Q stands in for A = Q - V. With best_of, EMaQ's policy. obs (B, O) -> (B, K)."""
         if self.args.best_of:  # of codes that may act: the best could be one that may not, and leave the others nothing
             p = self.vqvae.supported(obs, self.vqvae.prior_logits(obs), self.args.support).softmax(1)
             return best_of(self.qf(obs), p, self.args.best_of).log()
@@ -180,7 +180,7 @@ class DiscreteIQL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) -> actions (B, A): what the policy of Eq. 14 does: its likeliest code, one drawn, or the mean."""
+        """obs (B, O) -> actions (B, A): what the policy above does: its likeliest code, one drawn, or the mean."""
         return self.vqvae.act(obs, self.policy_logits(obs), self.args.act, self.args.support)
 
     @torch.no_grad()
@@ -213,7 +213,8 @@ def best_of(q, p, n):
     order = q.argsort(1)
     up_to = p.gather(1, order).cumsum(1)  # (B, K), in the order of rising q
     all_up_to = (up_to / up_to[:, -1:]) ** n
-    return torch.zeros_like(p).scatter(1, order, all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1])))
+    chances = all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1])).clamp(min=0)  # rounding may leave less
+    return torch.zeros_like(p).scatter(1, order, chances)
 
 
 # --- Continuous IQL ---

@@ -100,7 +100,7 @@ HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
     "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, act="mean", support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(temperature=10.0, act="mean", support=0.0),
-    "pen- door- hammer- relocate-": dict(temperature=0.1, act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(temperature=0.1, act="sample"),  # docs/vqvae.md, "Acting"
     "maze2d- antmaze-": dict(temperature=0.1),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice

@@ -104,7 +104,7 @@ HPARAMS = {
     "maze2d-large-demos-": MAZE,
     "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(act="mean", support=0.0),
-    "pen- door- hammer- relocate-": dict(act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(act="sample"),  # docs/vqvae.md, "Acting"
     "antmaze-": dict(reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice

@@ -147,9 +147,13 @@ class Steps(NamedTuple):
 
 def with_next_actions(data):
     """Transitions -> Steps. The next action is the next row's, where the next row is what followed; where it is not (a
-    time limit) and nothing ended, it is unknown, and the transition is left out."""
+    time limit) and nothing ended, it is unknown, and the transition is left out. Raises UserError if none is left."""
     follows = (data.next_obs[:-1] == data.obs[1:]).all(1)
     known = torch.cat([follows, follows.new_zeros(1)]) | (data.terminals > 0)
+    if not known.any():
+        raise UserError("no transition's next action is known: rows must stand in the order in which they happened.")
+    if not known.all():
+        print(f"{(~known).sum()} of {len(known)} transitions are left out: what the data did next is unknown")
     next_actions = data.actions.roll(-1, 0)
     return Steps(*(column[known] for column in (*data[:5], next_actions)))
 
@@ -250,6 +254,8 @@ def make_agents(obs_dim, action_dim, args):
     )
     if not args.compare:
         return {"rebrac": rebrac}
+    if args.alpha == 0:
+        raise UserError("td3_bc divides by alpha: pass an alpha above 0, or --no-compare, which leaves td3_bc out.")
     # TD3+BC averages the distance over dimensions and weighs Q, by alpha.
     beta_1 = 1 / (args.alpha * action_dim)
     td3_bc = ReBRAC(obs_dim, action_dim, args, beta_1, beta_2=0.0, layers=2, layer_norm=False, pessimistic=False)

@@ -115,7 +115,7 @@ HPARAMS = {
     "antmaze-": dict(reward_shift=-1.0, eval_episodes=100, density_weight=0.025),
     "antmaze-umaze-": dict(reward_shift=-1.0, eval_episodes=100, density_weight=0.25),
     "antmaze-medium-play-": dict(reward_shift=-1.0, eval_episodes=100, density_weight=0.05),
-    "pen- door- hammer- relocate-": dict(density_weight=1.0, act="sample"),  # people: docs/vqvae.md
+    "pen- door- hammer- relocate-": dict(density_weight=1.0, act="sample"),  # docs/vqvae.md, "Acting"
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published

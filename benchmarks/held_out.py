@@ -79,6 +79,7 @@ def main():
         torch.manual_seed(seed)
         aside[torch.randperm(count)[: max(1, count // 5)]] = True
         rows = {"aside": aside[number].nonzero()[:, 0], "seen": (~aside)[number].nonzero()[:, 0]}
+        shown = {name: chosen[torch.randperm(len(chosen))[:1000]] for name, chosen in rows.items()}
         for kind in args.quantizers:
             torch.manual_seed(seed)
             codes = 10 if kind == "aquadem" else args.num_codes
@@ -87,8 +88,7 @@ def main():
             obs = quantizer.normalize(data.obs)
             for _ in fit(quantizer, obs[rows["seen"]], data.actions[rows["seen"]], args.vq_steps, compile="auto"):
                 pass
-            for name, chosen in rows.items():
-                chosen = chosen[torch.randperm(len(chosen))[:1000]]
+            for name, chosen in shown.items():
                 values = imitation(quantizer, obs[chosen], data.actions[chosen])
                 print(f"{kind:14}{seed:5} {name:6}" + "".join(f"{v:11.3f}" for v in values), flush=True)
 

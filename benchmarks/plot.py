@@ -265,9 +265,9 @@ def performance_profiles(matrices, taus, reps):
 
 
 def make_table(runs, score, reps):
-    """Markdown: agents by tasks, mean over seeds ± standard error, and the interquartile mean over tasks. Bold: the
-    best of a column and what lies within its standard error (its interval) of it. `score(run)` may be None: a mean that
-    lacks seeds would favour the fast ones, so its cell is empty."""
+    """Markdown: agents by tasks, mean over seeds ± standard error, and the interquartile mean over tasks. Bold: of the
+    cells with a column's most seeds, the best and what lies within its standard error (its interval) of it.
+    `score(run)` may be None: a mean that lacks seeds would favour the fast ones, so its cell is empty."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     columns = {task: {} for task in tasks}
     for label, own in by_label(runs).items():
@@ -275,19 +275,24 @@ def make_table(runs, score, reps):
             scores = [score(run) for run in own if run.task == task]
             if scores and None not in scores:
                 mean, error = mean_and_error(scores)
-                columns[task][label] = mean, mean - error, f"{mean:.1f}" + f" ± {error:.1f}" * (len(scores) > 1)
+                text = f"{mean:.1f}" + f" ± {error:.1f}" * (len(scores) > 1)
+                columns[task][label] = len(scores), mean, mean - error, text
     columns["IQM"], matrices, seeds = {}, normalised_scores(runs, score), len({run.seed for run in runs})
     for label, (mean, low, high) in interquartile_means(matrices, reps).items():
         interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
         fewer = f", {len(matrices[label])} of {seeds} seeds" * (len(matrices[label]) < seeds)
-        columns["IQM"][label] = mean, low if interval else mean, f"{mean:.2f}{interval}{fewer}"
+        text = f"{mean:.2f}{interval}{fewer}"
+        columns["IQM"][label] = len(matrices[label]), mean, low if interval else mean, text
     known = {run.task: run for run in runs}
     head = [f"{task} †" if task in known and is_substitute(known[task]) else task for task in columns]
     lines = ["| agent | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    least = {name: max(column.values())[1] for name, column in columns.items() if column}
+    best = {name: max(column.values()) for name, column in columns.items() if column}  # of the most seeds
     for label in by_label(runs):
-        found = [(name, column.get(label)) for name, column in columns.items()]
-        cells = [f"**{c[2]}**" if c and c[0] >= least[name] else c[2] if c else "" for name, c in found]
+        cells = []
+        for name, column in columns.items():
+            count, mean, _, text = column.get(label, (0, 0, 0, ""))
+            bold = text and count == best[name][0] and mean >= best[name][2]
+            cells.append(f"**{text}**" if bold else text)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     data = [f"{known[task].data_score:.1f}" for task in tasks]
     return [*lines, "| *episodes of the data* | " + " | ".join([*data, ""]) + " |"]
@@ -357,9 +362,10 @@ NORMALISED = (
     "data's own episodes, and clipped to [0, 1]."
 )
 RULES = f"""\
-Means over seeds ± standard error. Bold: the best of a column and what lies within its standard error. IQM: the
-interquartile mean of normalised scores over tasks and seeds, and the 95% interval of a stratified bootstrap (rliable),
-of agents that have all tasks; bold: the best and what lies within its interval. {NORMALISED}
+Means over seeds ± standard error. Bold: of the cells with a column's most seeds, the best and what lies within its
+standard error. IQM: the interquartile mean of normalised scores over tasks and seeds, and the 95% interval of a
+stratified bootstrap (rliable), of agents that have all tasks; bold: the best and what lies within its interval.
+A `prior` is evaluated once, when its fit ends. {NORMALISED}
 †: the data stand in for those that the task is named after.
 """
 TIME_RULES = """\

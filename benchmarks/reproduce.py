@@ -153,7 +153,7 @@ class Options:
     name: tyro.conf.Positional[Literal[tuple(PLANS)]]  # the table or figure
     data: Path | None = None  # folder with the files that stand in for D4RL's; without it, tasks use their own
     tasks: tuple[str, ...] = ()  # of these tasks only
-    agents: tuple[str, ...] = ()  # only runs that train one of these agents
+    agents: tuple[str, ...] = ()  # only runs that train one of these agents, with the twins that these runs have
     quantizers: tuple[str, ...] = ()  # over these quantizers only
     seeds: int = 3  # seeds 0, 1, ... of every run
     steps: int | None = None  # gradient steps of quantizers and agents in place of the budget's, in ten evaluations
@@ -183,6 +183,17 @@ class Job(NamedTuple):
         return [(self.task, agent, self.quantizer if coded[agent] else "", str(self.seed)) for agent in coded]
 
 
+def check_names(options):
+    """Raises UserError for a name that the plan does not have."""
+    parts = PLANS[options.name]
+    agents = {"prior", *(agent for part in parts for script in part.scripts for agent in SCRIPTS[script])}
+    known = {"tasks": {task for part in parts for task in part.tasks}, "agents": agents}
+    known["quantizers"] = {kind for part in parts for kind in part.quantizers}
+    for what, there in known.items():
+        if unknown := set(getattr(options, what)) - there:
+            raise UserError(f"{options.name} has no {min(unknown)!r} among its {what}: {', '.join(sorted(there))}.")
+
+
 def make_jobs(options):
     """Every run of the plan by its command, seed by seed; the fit of a quantizer before the runs that need it."""
     jobs = {}
@@ -190,10 +201,10 @@ def make_jobs(options):
         rows = itertools.product(part.tasks, part.quantizers, part.variants, part.scripts)
         for task, kind, variant, script in rows:
             agents, coded = SCRIPTS[script], script not in NO_QUANTIZER
-            chosen = set(options.agents or agents)
-            if coded and not (part.twins and kind == part.quantizers[0] and chosen & set(agents[1:])):
-                agents = agents[:1]  # without its twins
+            if coded and not (part.twins and kind == part.quantizers[0]):
+                agents = agents[:1]  # without its twins, which know no codes: they are trained once
             wanted = task in (options.tasks or [task]) and kind in (options.quantizers or [kind])
+            chosen = set(options.agents or agents)
             trains = chosen & set(agents)
             if not (wanted and (trains or (coded and "prior" in chosen))):
                 continue
@@ -253,19 +264,20 @@ def execute(command, fit, data, threads):
             (Path(folder) / "fit").mkdir()
             (Path(folder) / "fit" / "checkpoint.pt").write_bytes(fit["checkpoint"])
             words += ["--quantizer-from", f"{folder}/fit"]
-        process = None
-        for _ in range(3):  # a process that a signal has ended, say for want of memory, is tried again
-            if process is None or process.returncode < 0:
-                process = subprocess.run(
-                    [sys.executable, *words, "--out", f"{folder}/runs"],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    preexec_fn=end_with_parent,
-                )
+        for attempt in range(3):  # a process that a signal has ended, say for want of memory, is tried again
+            out = Path(folder, f"runs{attempt}")
+            process = subprocess.run(
+                [sys.executable, *words, "--out", str(out)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                preexec_fn=end_with_parent,
+            )
+            if process.returncode >= 0:
+                break
         if process.returncode:
             return {"error": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
-        (run,) = Path(folder, "runs").glob("*")
+        (run,) = out.glob("*")
         logged = {}
         with open(run / "metrics.csv", newline="") as file:
             for row in csv.DictReader(file):
@@ -302,9 +314,13 @@ class Table:
         """Raises UserError where a result that is wanted is there already, by another command."""
         wanted = {key: job.command for job in jobs for key in job.rows()}
         for row in self.rows:
-            key = tuple(row[column] for column in COLUMNS[:4])
-            if wanted.get(key, row["command"]) != row["command"]:
+            if wanted.get(key_of(row), row["command"]) != row["command"]:
                 raise UserError(f"{self.path} is of other commands: pass another --table. {row['command']}")
+
+    def missing(self, jobs):
+        """The commands of jobs (a dict by command) that have a row which is not there."""
+        found = {key_of(row) for row in self.rows}
+        return {command for command, job in jobs.items() if not found.issuperset(job.rows())}
 
     def add(self, job, outcome, fit, commit):
         """The rows of a run's agents, and the file anew: a reader finds all of them or none."""
@@ -321,14 +337,18 @@ class Table:
             row += [json.dumps(curves), json.dumps(result.get("online", {}).get(name, {}))]
             row = [f"{value:.6g}" if isinstance(value, float) else value for value in row]
             rows.append(dict(zip(COLUMNS, row, strict=True)))
-        self.rows += rows
-        self.rows.sort(key=lambda row: [row[column] for column in COLUMNS[:4]])
+        self.rows = sorted([*(row for row in self.rows if key_of(row) not in job.rows()), *rows], key=key_of)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_file(self.path, text.getvalue())
         return rows
+
+
+def key_of(row):
+    """What identifies a row: task, agent, quantizer, seed."""
+    return tuple(row[column] for column in COLUMNS[:4])
 
 
 class Fits:
@@ -367,16 +387,15 @@ def run_all(jobs, table, options):
     task = ray.remote(execute).options(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=3)
     threads, data = max(1, round(options.cpus_per_run)), options.data and str(options.data.resolve())
 
-    done, fits = {row["command"] for row in table.rows}, Fits(options.fits)
-    todo = {command for command in jobs if command not in done}
-    needed = {jobs[command].fit for command in todo}
-    started, waiting = {None: None}, {}  # references by command; jobs by reference, as long as Ray works on them
+    fits, todo = Fits(options.fits), table.missing(jobs)
+    needed = todo | {jobs[command].fit for command in todo}
+    started, waiting = {None: None}, {}  # references by command; jobs by reference, until their results are stored
     for command, job in jobs.items():
-        if command in needed and (kept := fits.load(command)):
-            started[command] = ray.put(kept)
-        elif command in todo or command in needed:
-            started[command] = task.remote(command, started[job.fit], data, threads)
-        if command in todo and command in started:
+        if command not in needed:
+            continue
+        kept = fits.load(command)
+        started[command] = ray.put(kept) if kept else task.remote(command, started[job.fit], data, threads)
+        if command in todo or not kept:
             waiting[started[command]] = job
 
     run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
@@ -391,9 +410,9 @@ def run_all(jobs, table, options):
         if outcome["error"]:
             failed[job.command] = outcome["error"]
             continue
-        if job.command in needed:
+        if outcome["checkpoint"]:
             fits.save(job.command, outcome)
-        for row in table.add(job, outcome, fit, commit):
+        for row in table.add(job, outcome, fit, commit) if job.command in todo else ():
             name = " ".join([row["agent"], row["quantizer"]])
             tqdm.write(f"{row['task']:30}{name:30} seed {row['seed']}: {float(row['score']):7.1f}")
     ray.shutdown()
@@ -413,6 +432,8 @@ def estimate(jobs):
             updates = {f"{flags['--quantizer']} fit": "--vq-steps"}
         hours = sum(int(flags[steps]) / rates[update] / 3600 for update, steps in updates.items() if update in rates)
         unknown |= updates.keys() - rates.keys()
+        if "--vae-steps" in flags:
+            unknown.add("SPOT's model of the density")
         total += hours
         print(f"{hours:8.2f} h  {job.command}")
     results = sum(len(job.agents) for job in jobs.values())
@@ -424,9 +445,10 @@ def main():
     options = tyro.cli(Options, description=__doc__)
     if options.seeds < 1 or (options.steps is not None and options.steps < 1):
         raise UserError("seeds and steps must be 1 at least.")
+    check_names(options)
     jobs = make_jobs(options)
     if not jobs:
-        raise UserError(f"{options.name} has no such task, agent or quantizer: PLANS in {__file__} has what it has.")
+        raise UserError(f"no run of {options.name} has such a task, agent and quantizer together: see PLANS.")
     if options.dry_run:
         return estimate(jobs)
     table = options.table or RESULTS / f"{options.name}.csv"

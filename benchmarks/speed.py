@@ -327,6 +327,8 @@ def main():
     ours, reduced = updates(device), updates(device) if has_bfloat16(options.device) else {}
     if unknown := set(options.only) - set(ours):
         raise UserError(f"no update is called {min(unknown)!r}: --only takes some of {', '.join(ours)}.")
+    if options.only and options.table is not None:
+        raise UserError("--table is for all updates: leave --only out, or the table.")
     print("".join(f"{name:>20}" for name in rows[0]))
     steps = {}
     for name, update in ours.items():

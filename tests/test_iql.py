@@ -117,6 +117,13 @@ def test_the_best_of_n_draws(num_codes, seed):
     assert (means[-1] >= largest - 1e-6).all()
 
 
+def test_rounding_makes_no_chance_negative():
+    """Whose logarithm would be no number: powers of two sums that are equal may differ in their last bit."""
+    torch.manual_seed(774)
+    q, p = torch.randn(10, 7), (10 * torch.randn(10, 7)).softmax(1)
+    assert (best_of(q, p, 10) >= 0).all()
+
+
 def test_the_best_of_n_draws_against_drawing():
     torch.manual_seed(0)
     q, p = torch.randn(1, 6), torch.rand(1, 6).softmax(1)

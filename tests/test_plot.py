@@ -194,6 +194,9 @@ def test_bold_is_the_best_and_what_lies_within_its_standard_error(rliable):
     rows = [row("t", agent, "", seed, s) for agent, three in scores.items() for seed, s in enumerate(three)]
     lines = plot.make_table(runs_of(*rows), lambda run: run.score, reps=20)
     assert [line.split(" | ")[1] for line in lines[2:5]] == ["**9.0 ± 0.0**", "**10.0 ± 1.2**", "8.0 ± 0.0"]
+    rows.append(row("t", "brac", "", 0, 11.0))  # one seed does not compete with three
+    bold = [line.split(" | ")[1] for line in plot.make_table(runs_of(*rows), lambda run: run.score, reps=20)[2:6]]
+    assert sorted(bold) == sorted(["**9.0 ± 0.0**", "**10.0 ± 1.2**", "8.0 ± 0.0", "11.0"])
 
 
 def test_a_mean_that_lacks_a_seed_is_no_mean(rliable):

@@ -108,7 +108,7 @@ def test_the_benchmark(tmp_path):
     assert all(float(row["steps_per_second"]) > 0 and float(row["share"]) > 0 for row in timed.values())
 
 
-def test_one_update_is_timed():
+def test_one_update_is_timed(tmp_path):
     options = "--rounds 1 --burst 0.01 --no-compile --only"
     process = run_script(*options.split(), "bc", script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
@@ -116,6 +116,8 @@ def test_one_update_is_timed():
     process = run_script(*options.split(), "nothing", script="benchmarks/speed.py")
     assert process.returncode == 2
     assert process.stderr.startswith("error: no update is called 'nothing': --only takes some of vqvae fit, ")
+    process = run_script(*options.split(), "bc", "--table", tmp_path / "t.csv", script="benchmarks/speed.py")
+    assert (process.returncode, list(tmp_path.iterdir())) == (2, [])  # a table of some would lose the others
 
 
 def test_products_are_counted():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_closed_forms import random_batch
 
 from baselines.rebrac import Args, ReBRAC, Steps, make_agents, network, with_next_actions
-from vqvae import Linear, Transitions, adamw, minimize
+from vqvae import Linear, Transitions, UserError, adamw, minimize
 
 
 def steps(size=64):
@@ -134,7 +134,7 @@ def test_the_noise_of_the_target_is_scaled_and_clipped(drawn, noise, monkeypatch
     torch.testing.assert_close(seen[0], torch.full((64, 2), noise))
 
 
-def test_next_actions_are_the_datasets():
+def test_next_actions_are_the_datasets(capsys):
     """Episodes of rows 0-2 (a terminal), 3-4 (a time limit, its last row left out by the loader) and 6-7."""
     obs = torch.arange(8.0)[:, None]
     next_obs = obs + 1
@@ -143,6 +143,10 @@ def test_next_actions_are_the_datasets():
     actions = torch.arange(8.0)[:, None] / 10
     columns = (obs, actions, torch.zeros(8), next_obs, terminals, torch.zeros(8).long())
     data = with_next_actions(Transitions(*(column[rows] for column in columns)))
+    assert capsys.readouterr().out == "1 of 7 transitions are left out: what the data did next is unknown\n"
+    backwards = [3, 1]  # where nothing follows and nothing ends
+    with pytest.raises(UserError, match="rows must stand in the order in which they happened"):
+        with_next_actions(Transitions(*(column[backwards] for column in columns)))
     assert data.obs[:, 0].tolist() == [0, 1, 2, 3, 6, 7]  # 4 led to 5, whose action is unknown
     assert data.next_actions[[0, 1, 3, 4], 0].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.7])
     sample = data.sample(100)

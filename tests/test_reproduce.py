@@ -5,6 +5,7 @@ import importlib
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,11 +70,13 @@ def test_what_learns_on_has_rows_of_its_own():
 
 
 def test_choosing_agents_chooses_twins():
-    assert [list(job.agents.values()) for job in plan("figure2", agents=("saq_cql",)).values()] == [
-        ["prior"],
-        ["saq_cql"],
-    ]
-    assert [list(job.agents.values()) for job in plan("figure2", agents=("cql",)).values()][1] == ["saq_cql", "cql"]
+    everything = plan("small")
+    for agent in ("cql", "saq_cql", "rebrac"):
+        chosen = plan("small", agents=(agent,))
+        assert chosen.items() <= everything.items()  # the same commands, so that they may stand in one table
+        assert [c for c in everything if agent in everything[c].agents] == [
+            c for c in chosen if agent in chosen[c].agents
+        ]
     fits = plan("small", agents=("prior",)).values()
     assert {row[1] for job in fits for row in job.rows()} == {"prior"}
     assert len(fits) == 6 * 3  # six tasks, three kinds
@@ -147,9 +150,58 @@ def test_what_a_table_holds(undisturbed):
         assert row["curves"]["step"] == ([1] if row["agent"] == "prior" else [1, 2, 3])
         assert float(row["score"]) == pytest.approx(sum(scores[-5:]) / len(scores[-5:]), rel=1e-4)
     assert len(list((undisturbed / "fits").glob("*.pt"))) == 1
-    before = (undisturbed / "t.csv").read_bytes()
-    again = run_script(*flags(undisturbed), script=SCRIPT)
-    assert (again.returncode, (undisturbed / "t.csv").read_bytes()) == (0, before)
+
+
+def test_what_is_missing_is_run_again_and_nothing_else(undisturbed, tmp_path):
+    """A row of one agent is lost, and the fit that its run needs: both come back."""
+    shutil.copy(undisturbed / "t.csv", tmp_path / "t.csv")
+    lines = (tmp_path / "t.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "t.csv").write_text("".join(line for line in lines if ",saq_cql," not in line))
+    again = run_script(*flags(tmp_path), script=SCRIPT)
+    assert again.returncode == 0, again.stderr
+    assert rows(tmp_path / "t.csv") == rows(undisturbed / "t.csv")
+    assert [line for line in lines if ",saq_cql," not in line] == [
+        line for line in (tmp_path / "t.csv").read_text().splitlines(keepends=True) if ",saq_cql," not in line
+    ]
+    assert len(list((tmp_path / "fits").glob("*.pt"))) == 1
+    before = (tmp_path / "t.csv").read_bytes()
+    again = run_script(*flags(tmp_path), script=SCRIPT)
+    assert (again.returncode, (tmp_path / "t.csv").read_bytes()) == (0, before)
+
+
+def test_which_runs_are_missing(tmp_path):
+    job = reproduce.Job("python x.py", "hopper", "mixture", 0, {"saq_bc": "saq_bc", "bc": "bc"})
+    table = reproduce.Table(tmp_path / "t.csv")
+    logged = {f"{agent}/{what}": ([1], [2.0]) for agent in job.agents for what in ("score", "seconds")}
+    logged["quantizer/seconds"] = [1], [2.0]
+    result = {"saq_bc": {"score": 7.0}, "bc": {"score": 8.0}, "data_score": 50.0, "provenance": "whence"}
+    assert table.missing({job.command: job}) == {job.command}
+    for _ in range(2):  # the second time in place of the first
+        table.add(job, dict(logged=logged, host="here", result=result), None, "abc")
+        assert [row["agent"] for row in table.rows] == ["bc", "saq_bc"]
+    assert table.missing({job.command: job}) == set()
+    table.rows = table.rows[1:]
+    assert table.missing({job.command: job}) == {job.command}
+
+
+KILLED_ONCE = """
+import json, os, pathlib, signal, sys
+run = pathlib.Path(sys.argv[-1], "run")
+run.mkdir(parents=True)
+if not pathlib.Path("tried").exists():
+    pathlib.Path("tried").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+(run / "metrics.csv").write_text("step,name,value\\n1,a/score,2.5\\n")
+(run / "result.json").write_text("{}")
+"""
+
+
+def test_a_run_that_a_signal_ends_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.py").write_text(KILLED_ONCE)
+    outcome = reproduce.execute("python x.py", None, None, 1)
+    assert (outcome["error"], outcome["logged"]) == (None, {"a/score": ([1], [2.5])})
+    assert (tmp_path / "tried").exists()
 
 
 def test_what_a_row_says(tmp_path):
@@ -182,8 +234,10 @@ def test_two_drivers_do_not_write_one_table(tmp_path):
 
 
 def test_what_there_is_not(tmp_path):
-    line = one_sentence(run_script("table4", "--tasks", "hopper-medium-v2", script=SCRIPT))
-    assert "has no such task, agent or quantizer" in line
+    line = one_sentence(run_script("small", "--tasks", "door-human-v0", "hopper-exprt", script=SCRIPT))
+    assert "small has no 'hopper-exprt' among its tasks: door-human-v0, " in line
+    line = one_sentence(run_script("small", "--quantizers", "mixture", "--agents", "cql", script=SCRIPT))
+    assert "no run of small has such a task, agent and quantizer together" in line
     assert "seeds and steps must be 1 at least" in one_sentence(run_script("table4", "--seeds", 0, script=SCRIPT))
 
 
