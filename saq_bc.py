@@ -16,7 +16,7 @@ What differs from the authors' code is in docs/saq_bc.md; --plain undoes most of
     python saq_bc.py --env Pendulum-v1 --dataset-path mine.npz    # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. Explained in
-docs/saq_bc.md. Needs vqvae.py next to it; offline_envs/ too for the names of D4RL, robomimic and Minari.
+docs/saq_bc.md. Needs vqvae.py next to it; offline_envs/ too for benchmark names.
 """
 
 import copy

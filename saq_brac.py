@@ -15,7 +15,7 @@ model of the data and samples of the policy; over the K codes of a VQ-VAE it is 
     python saq_brac.py --env Pendulum-v1 --dataset-path mine.npz  # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. BRAC: Wu, Tucker and
-Nachum, 2019, arXiv:1911.11361. Needs vqvae.py and, for D4RL's names, offline_envs/; docs/saq_brac.md has the rest.
+Nachum, 2019, arXiv:1911.11361. Needs vqvae.py and, for benchmark names, offline_envs/; docs/saq_brac.md has the rest.
 """
 
 import copy

@@ -15,7 +15,7 @@ space. Over the K codes of a VQ-VAE, an autoencoder with only K values in its mi
     python saq_cql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. CQL: Kumar et al.,
-NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, for D4RL's names, offline_envs/; docs/saq_cql.md has the rest.
+NeurIPS 2020, arXiv:2006.04779. Needs vqvae.py and, for benchmark names, offline_envs/; docs/saq_cql.md has the rest.
 """
 
 import copy

@@ -13,7 +13,7 @@ extracted from Q: over continuous actions by a regression, over the K codes of a
     python saq_iql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. IQL: Kostrikov et
-al., ICLR 2022, arXiv:2110.06169. Needs vqvae.py and, for D4RL's names, offline_envs/; docs/saq_iql.md has the rest.
+al., ICLR 2022, arXiv:2110.06169. Needs vqvae.py and, for benchmark names, offline_envs/; docs/saq_iql.md has the rest.
 """
 
 import copy
@@ -96,14 +96,14 @@ class Args:
     beta: float = 3.0  # inverse temperature: weights are exp(beta A). SAQ's lambda divides instead: beta = 1 / lambda
 
 
-# Fields by the first letters of a task's name; a flag wins. Lambda = 10: chosen here; the rest: SAQ's code and IQL's.
+# Fields by the first letters of a task's name; a flag wins. Chosen here, but for beta = 3 and rewards, which are IQL's.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 LOCOMOTION = dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean")
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0, beta=0.1),
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
-    # Lambda: of the authors' sweep for adroit; 1 / beta, untried, below. Expectile (0.7), beta: IQL's, robomimic's.
+    # Adroit's lambda is of the authors' sweep, below it is 1 / beta, untried. Beta, expectile: IQL's, robomimic's.
     "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5, act="sample"),  # docs/vqvae.md, "Acting"
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),

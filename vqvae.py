@@ -11,8 +11,9 @@ arXiv:1711.00937) is an autoencoder whose bottleneck can take only K values, the
 
     loss = ||a' - a||^2 + ||stop(e_k) - z||^2 / D + ||e_k - stop(z)||^2 / D    (Eq. 8 and 11; stop: without gradient)
 
-Luo et al. ("Action-Quantized Offline Reinforcement Learning for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731)
-show the state s to encoder and decoder, so that one code means different actions in different states.
+Beside it a prior learns to name the code from the state, by - log p(k | s). Luo et al. ("Action-Quantized Offline
+Reinforcement Learning for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731) show the state s to encoder and
+decoder, so that one code means different actions in different states.
 
     with torch.device("cpu"):                                  # or "cuda": where it will train, it has an optimizer
         vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
@@ -21,10 +22,10 @@ show the state s to encoder and decoder, so that one code means different action
     codes = vqvae.encode_dataset(obs, actions)                 # (N,)    which code each action became
     actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
 
-`Mixture` and `Aquadem` are two other quantizers with the same interface, one network of candidate actions each.
+`Mixture` and `Aquadem`, with the same interface, have no encoder: they predict K candidate actions from the state.
 
 In four parts: 1 the quantizers and their fit, 2 what makes a training step fast, 3 a user's data and files, checked, 4
-what learns on in an environment (baselines/spot.py).
+learning online (baselines/spot.py).
 Sizes, initialisation and the scales of the losses are those of the authors' JAX code; the paper's equations have no
 1 / D, D being the length of z. Importing it takes PyTorch and NumPy; what else a function needs, it imports itself.
 """

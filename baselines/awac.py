@@ -17,7 +17,7 @@ p and weight decay.
     python baselines/awac.py                                             # three maze demonstrations
     python baselines/awac.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
-Explained in docs/baselines.md. Needs vqvae.py and, for D4RL's names, offline_envs/.
+Explained in docs/baselines.md. Needs vqvae.py and, for benchmark names, offline_envs/.
 """
 
 import copy

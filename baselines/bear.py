@@ -17,7 +17,7 @@ This is the teaching case: run it for its figure, which shows the sampled constr
     python baselines/bear.py                                             # three maze demonstrations
     python baselines/bear.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
-Explained in docs/baselines.md. Needs vqvae.py and, for D4RL's names, offline_envs/.
+Explained in docs/baselines.md. Needs vqvae.py and, for benchmark names, offline_envs/.
 """
 
 import copy

@@ -19,7 +19,7 @@ every z may keep a way of its own; rebrac.py has one action in each state.
     python baselines/fql.py                                             # three maze demonstrations
     python baselines/fql.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
-Explained in docs/baselines.md. Needs vqvae.py, for the data and what runs a script, and, for D4RL's names,
+Explained in docs/baselines.md. Needs vqvae.py, for the data and what runs a script, and, for benchmark names,
 offline_envs/.
 """
 

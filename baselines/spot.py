@@ -17,7 +17,7 @@ with the code that was chosen.
     python baselines/spot.py --online-steps 5000                         # three maze demonstrations, then 5,000 steps
     python baselines/spot.py --env Pendulum-v1 --dataset-path mine.npz   # your own data in D4RL's layout
 
-Explained in docs/baselines.md. Needs vqvae.py and, for D4RL's names, offline_envs/.
+Explained in docs/baselines.md. Needs vqvae.py and, for benchmark names, offline_envs/.
 """
 
 import copy
