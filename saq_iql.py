@@ -47,6 +47,7 @@ class Args:
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic, OGBench or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
+    obs_noise: float = 0.0  # standard deviation of noise on observations in training: 0.1 for a few demonstrations
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # also train what it is compared with, on the same data
@@ -71,7 +72,6 @@ class Args:
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # vqvae: steps between two moves of unchosen codes to where actions are; 0: never
-    kmeans_init: bool = False  # vqvae: start the codebook at k-means centres of the encoder's outputs
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Both agents ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
@@ -96,14 +96,13 @@ class Args:
     beta: float = 3.0  # inverse temperature: weights are exp(beta A). SAQ's lambda divides instead: beta = 1 / lambda
 
 
-# Fields by the first letters of a task's name; a flag wins. Chosen here, but for beta = 3 and rewards, which are IQL's.
+# Fields by the first letters of a task's name; a flag wins. Where they come from: docs/saq_iql.md.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 LOCOMOTION = dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean")
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0, beta=0.1),
     "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
-    # Adroit's lambda is of the authors' sweep, below it is 1 / beta, untried. Beta, expectile: IQL's, robomimic's.
     "pen- door- hammer- relocate-": dict(temperature=1.0, beta=0.5, act="sample"),  # docs/vqvae.md, "Acting"
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
@@ -496,7 +495,8 @@ class Run:
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     # The update itself, compiled or as a CUDA graph.
-    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
+    size, noise = args.batch_size, args.obs_noise
+    update = accelerate(lambda: agent.update(data.sample(size, noise)), data.obs.device, args.compile, args.steps)
     optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):
         for optimizer in optimizers if args.decay else ():
@@ -564,9 +564,8 @@ def main():
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
     # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
-    options = dict(decay=args.vq_decay, revive_every=args.revive_every, kmeans_init=args.kmeans_init)
-    options |= dict(start=done.get("quantizer", 0), compile=args.compile)
-    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, **options)
+    options = dict(compile=args.compile, decay=args.vq_decay, revive_every=args.revive_every, noise=args.obs_noise)
+    updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, done.get("quantizer", 0), **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))
     print(describe_health(codebook_health(vqvae, data.obs, data.actions)))
     write_file(run.folder / "codes.png", plot_codes(vqvae, data.obs, data.actions).savefig)

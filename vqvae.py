@@ -328,9 +328,7 @@ QUANTIZERS = {
 # --- Its fit ---
 
 
-def fit(
-    vqvae, obs, actions, steps, batch_size=256, start=0, compile="off", decay=True, revive_every=100, kmeans_init=False
-):
+def fit(vqvae, obs, actions, steps, batch_size=256, start=0, compile="off", decay=True, revive_every=100, noise=0.0):
     """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
     after each step, for the caller to log, save or stop.
 
@@ -338,18 +336,14 @@ def fit(
     decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
     revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0: never. Of
     ActionVQVAE alone: candidates that a mixture leaves unused are not missed.
-    kmeans_init: start the codebook at the k-means centres of encoder outputs instead of at random. Raises UserError
-    with the others, which have no codebook.
+    noise: standard deviation of Gaussian noise on obs, drawn anew in every step; see `with_noise`.
     """
 
     def sample(size):
         rows = torch.randint(len(obs), (size,), device=obs.device)
-        return obs[rows], actions[rows]
+        seen = obs[rows] + noise * torch.randn_like(obs[rows]) if noise else obs[rows]
+        return seen, actions[rows]
 
-    if kmeans_init and not isinstance(vqvae, ActionVQVAE):
-        raise UserError("only the vqvae has a codebook to start from k-means centres: leave kmeans_init out.")
-    if kmeans_init and start == 0:
-        init_codebook(vqvae, *sample(4096))
     update = accelerate(lambda: vqvae.update(*sample(batch_size)), obs.device, compile, steps)
     for step in range(start + 1, steps + 1):
         if decay:
@@ -369,17 +363,6 @@ def revive_dead_codes(vqvae, obs, actions):
     rows = torch.randint(len(z), (vqvae.num_codes,), device=z.device)
     vqvae.codebook.copy_(torch.where(dead[:, None], z[rows], vqvae.codebook))
     return int(dead.sum())
-
-
-@torch.no_grad()
-def init_codebook(vqvae, obs, actions, iterations=10):
-    """k-means (Lloyd's algorithm) on the encoder outputs of obs (B, O), actions (B, A), from random ones of them."""
-    z = vqvae.embed(obs, actions)  # (B, D)
-    vqvae.codebook.copy_(z[torch.randint(len(z), (vqvae.num_codes,), device=z.device)])
-    for _ in range(iterations):
-        members = F.one_hot(vqvae.nearest(z), vqvae.num_codes).to(z.dtype)  # (B, K)
-        count = members.sum(0)[:, None]
-        vqvae.codebook.copy_(torch.where(count > 0, members.T @ z / count.clamp(min=1), vqvae.codebook))
 
 
 @torch.no_grad()
@@ -421,8 +404,8 @@ def describe_health(health):
     words += f"{health['per_state']:.1f} of them in one state, persistence {health['persistence']:.2f}, "
     words += f"reconstruction error {health['reconstruction_error']:.4f} (by dimension: {errors})"
     if health["used"] < 0.5:
-        words += "\nWARNING: MOST CODES ARE DEAD. In a vqvae, revive them (revive_every above 0), start from k-means "
-        words += "(kmeans_init), or ask for fewer (num_codes). A mixture may keep more than it needs."
+        words += "\nWARNING: MOST CODES ARE DEAD. In a vqvae, revive them (revive_every above 0) or ask "
+        words += "for fewer (num_codes). A mixture may keep more than it needs."
     if health["perplexity"] > 10 * health["per_state"]:
         words += "\nwarning: which code is meant depends on the state much more than on the action, so that a policy "
         words += "has much to learn before it chooses well: try fewer codes, or the mixture."
@@ -699,7 +682,7 @@ def read_checkpoint(path, like, device="cpu", parts=None):
     return state
 
 
-QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr vq_decay normalize_obs action_only revive_every kmeans_init"
+QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr vq_decay normalize_obs action_only revive_every obs_noise"
 
 
 def take_quantizer(args, checksum, vqvae):
@@ -774,7 +757,7 @@ LIMITS = {  # what a number must at least be, and at most; of all scripts
     "steps vq_steps vae_steps batch_size vq_batch_size num_codes": (1, 1e9),
     "log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "target_every cql_samples layers width flow_steps candidates samples backup_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video best_of": (0, 1e9),
+    "seed lr weight_decay reward_scale revive_every video best_of obs_noise": (0, 1e9),
     "alpha beta cql_alpha actor_beta critic_beta noise epsilon code_weight density_weight online_steps": (0, 1e9),
     "discount polyak average support warm_up online_weight hard": (0, 1),
     "expectile": (0.001, 0.999),
@@ -901,10 +884,19 @@ class Transitions(NamedTuple):
         """A number that tells these observations and actions from others."""
         return zlib.crc32(self.actions.cpu().numpy(), zlib.crc32(self.obs.cpu().numpy()))
 
-    def sample(self, batch_size):
-        """A batch of transitions, drawn uniformly with replacement."""
+    def sample(self, batch_size, noise=0.0):
+        """A batch of transitions, drawn uniformly with replacement. noise: see `with_noise`."""
         rows = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
-        return Transitions(*(column[rows] for column in self))
+        return with_noise(Transitions(*(column[rows] for column in self)), noise)
+
+
+def with_noise(batch, noise):
+    """A batch with Gaussian noise of this standard deviation, in their units, on obs and next_obs (S4RL, Sinha et al.
+    2021, arXiv:2103.06326): what a few demonstrations do is then not learned by heart, state by state."""
+    if noise == 0:
+        return batch
+    obs, next_obs = (column + noise * torch.randn_like(column) for column in (batch.obs, batch.next_obs))
+    return batch._replace(obs=obs, next_obs=next_obs)
 
 
 COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, next_observations=2)  # name: dimensions
@@ -1091,10 +1083,10 @@ class Memory:
         self.count += 1
         self.began = int(self.count) - self.old if ended else self.began
 
-    def sample(self, batch_size):
-        """A batch of old and new transitions, drawn uniformly with replacement."""
+    def sample(self, batch_size, noise=0.0):
+        """A batch of old and new transitions, drawn uniformly with replacement. noise: see `with_noise`."""
         rows = (torch.rand(batch_size, device=self.count.device, dtype=torch.float64) * self.count).long()
-        return Transitions(*(column[rows] for column in self.columns))
+        return with_noise(Transitions(*(column[rows] for column in self.columns)), noise)
 
     def state_dict(self):
         rows = {name: rows.clone() for name, rows in self.new()._asdict().items()}

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 # isort: off
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # vqvae.py lies there, or beside a copy of this file
-from vqvae import Linear, adamw, decay_lr, minimize, polyak_update  # the method; the rest runs it
+from vqvae import Linear, adamw, decay_lr, minimize, polyak_update, with_noise  # the method; the rest runs it
 from vqvae import Quantizer, UserError, accelerate, check_numbers, check_unchanged, exit_in_words, film
 from vqvae import load_task, lock, make_eval_envs, parts_of, prepare, read_checkpoint, tracker, write_file
 
@@ -53,6 +53,7 @@ class Args:
     env: str = "maze2d-large-demos-v1"  # a task of D4RL, robomimic, OGBench or Minari, a Gymnasium id, or "none"
     dataset_path: str | None = None  # an .hdf5 or .npz file in place of the task's own dataset
     normalize_obs: bool = True  # subtract the dataset's mean from observations, divide by its standard deviation
+    obs_noise: float = 0.0  # standard deviation of noise on observations in training: 0.1 for a few demonstrations
     # --- The run ---
     seed: int = 0  # seed of networks and batches; every run is evaluated in the same episodes
     compare: bool = True  # also train what it is compared with, on the same data
@@ -139,10 +140,10 @@ class Steps(NamedTuple):
     terminals: torch.Tensor  # (N,)
     next_actions: torch.Tensor  # (N, A); of a terminal transition: anything, it is multiplied by 0
 
-    def sample(self, batch_size):
-        """A batch of transitions, drawn uniformly with replacement."""
+    def sample(self, batch_size, noise=0.0):
+        """A batch of transitions, drawn uniformly with replacement. noise: see `vqvae.with_noise`."""
         rows = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
-        return Steps(*(column[rows] for column in self))
+        return with_noise(Steps(*(column[rows] for column in self)), noise)
 
 
 def with_next_actions(data):
@@ -152,8 +153,6 @@ def with_next_actions(data):
     known = torch.cat([follows, follows.new_zeros(1)]) | (data.terminals > 0)
     if not known.any():
         raise UserError("no transition's next action is known: rows must stand in the order in which they happened.")
-    if not known.all():
-        print(f"{(~known).sum()} of {len(known)} transitions are left out: what the data did next is unknown")
     next_actions = data.actions.roll(-1, 0)
     return Steps(*(column[known] for column in (*data[:5], next_actions)))
 
@@ -447,7 +446,8 @@ class Run:
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     # The update itself, compiled or as a CUDA graph.
-    update = accelerate(lambda: agent.update(data.sample(args.batch_size)), data.obs.device, args.compile, args.steps)
+    size, noise = args.batch_size, args.obs_noise
+    update = accelerate(lambda: agent.update(data.sample(size, noise)), data.obs.device, args.compile, args.steps)
     optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):
         for optimizer in optimizers if args.decay else ():

@@ -140,8 +140,8 @@ OGBENCH_BUDGET = dict(steps=20_000, vq_steps=15_000, eval_every=2_000, final_epi
 PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
 # Of today's tables, what differs by task and script. All episodes of the expert's file return nearly the same, which
 # IQL's scaling of rewards would blow up. IQL's published inverse temperature is for a million steps: after so few, the
-# advantages that it multiplies are noise.
-TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1"}
+# advantages that it multiplies are noise. The door's 25 demonstrations would be learned by heart without noise.
+TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", "door-human-v0": "--obs-noise 0.1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
 # Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
 PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}

@@ -19,7 +19,6 @@ from vqvae import (
     codebook_health,
     describe_health,
     fit,
-    init_codebook,
     make_transitions,
     mlp,
     polyak_update,
@@ -298,20 +297,19 @@ def test_dead_codes_are_revived_and_living_ones_stay():
     assert (torch.cdist(vqvae.codebook[2:], z).min(1).values < 1e-3).all()
 
 
-def test_kmeans_finds_separate_clusters():
-    vqvae = ActionVQVAE(1, 1, 2, code_dim=1, hidden=(4,))
-    vqvae.embed = lambda obs, actions: torch.cat([torch.full((50, 1), -5.0), torch.full((50, 1), 5.0)])
-    torch.manual_seed(2)  # with two starts in different clusters
-    init_codebook(vqvae, None, None)
-    assert vqvae.codebook.flatten().sort().values.tolist() == [-5.0, 5.0]
-
-
-def test_a_fit_begins_with_kmeans_where_it_is_asked_to(monkeypatch):
-    called, vqvae, obs = [], ActionVQVAE(3, 2, 4, hidden=(8,)), torch.randn(64, 3)
-    monkeypatch.setattr("vqvae.init_codebook", lambda vqvae, obs, actions: called.append(len(obs)))
-    for start in (0, 1):  # not where it goes on
-        list(fit(vqvae, obs, obs[:, :2].tanh(), steps=2, start=start, kmeans_init=True))
-    assert called == [4096]
+def test_noise_is_on_observations_alone_and_drawn_anew(monkeypatch):
+    n, seen = 5_000, []
+    data = Transitions(torch.zeros(n, 3), torch.zeros(n, 2), *torch.zeros(1, n), torch.zeros(n, 3), *torch.zeros(2, n))
+    vqvae = ActionVQVAE(3, 2, 4, hidden=(8,))
+    monkeypatch.setattr(vqvae, "update", lambda *batch: seen.append(batch))
+    list(fit(vqvae, data.obs, data.actions, steps=2, batch_size=n, revive_every=0, noise=0.5))
+    batch = data.sample(n, 0.5)
+    drawn = [seen[0][0], seen[1][0], batch.obs, batch.next_obs]
+    for i, noise in enumerate(drawn):
+        assert noise.std().item() == pytest.approx(0.5, rel=0.02)
+        assert all(abs((noise * other).mean()) < 0.02 for other in drawn[:i])
+    assert not any(column.any() for column in (seen[0][1], batch.actions, batch.rewards, batch.terminals, batch.codes))
+    assert not data.sample(n).obs.any()
 
 
 def test_fit_separates_two_modes_of_action():

@@ -78,6 +78,7 @@ def test_a_quantizer_that_another_run_fitted_changes_nothing(runs, quantizer, sc
         (["--quantizer", "vqvae"], "has quantizer mixture: pass the same"),
         (["--lr", 1e-3], "has lr 0.0003: pass the same"),
         (["--no-normalize-obs"], "has normalize_obs True: pass the same"),
+        (["--obs-noise", 0.1], "has obs_noise 0.0: pass the same"),
     ],
 )
 def test_another_quantizer_is_refused(runs, flags, sentence, tmp_path):
@@ -86,12 +87,6 @@ def test_another_quantizer_is_refused(runs, flags, sentence, tmp_path):
     one_sentence(process)
     assert re.search(sentence, process.stderr)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("quantizer", ["mixture", "aquadem"])
-def test_a_codebook_that_is_not_there_cannot_start_from_centres(runs, quantizer, tmp_path):
-    flags = ["--out", tmp_path, "--dataset-path", runs.data, *SHORT, "--quantizer", quantizer, "--kmeans-init"]
-    assert "only the vqvae has a codebook" in one_sentence(run_forked(*flags))
 
 
 def test_a_quantizer_of_other_data_or_of_none_is_refused(runs, tmp_path):

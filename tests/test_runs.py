@@ -179,7 +179,7 @@ def test_without_an_environment_training_runs_and_says_so(tmp_path):
 def test_options_of_the_quantizer_and_tracking(tmp_path):
     """--plain picks the paper's recipe, an explicit flag wins over it; --track writes a W&B run."""
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    flags = [*SHORT[:-2], "--plain", "--kmeans-init", "--action-only", "--average", 0.5, "--no-compare", "--track"]
+    flags = [*SHORT[:-2], "--plain", "--obs-noise", 0.2, "--action-only", "--average", 0.5, "--no-compare", "--track"]
     succeeded(run_script("--out", tmp_path, *flags, env={**os.environ, **environment}))
     args = json.loads((only_run(tmp_path) / "args.json").read_text())["args"]
     assert (args["num_codes"], args["revive_every"], args["average"]) == (64, 0, 0.5)
