@@ -445,8 +445,8 @@ class Run:
 
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
-    # The update itself, compiled or as a CUDA graph.
     size, noise = args.batch_size, args.obs_noise
+    # The update itself, compiled or as a CUDA graph.
     update = accelerate(lambda: agent.update(data.sample(size, noise)), data.obs.device, args.compile, args.steps)
     optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,6 +311,9 @@ def test_noise_is_on_observations_alone_and_drawn_anew(monkeypatch):
         assert all(abs((noise * other).mean()) < 0.02 for other in drawn[:i])
     assert not any(column.any() for column in (seen[0][1], batch.actions, batch.rewards, batch.terminals, batch.codes))
     assert not data.sample(n).obs.any()
+    agent, args = SimpleNamespace(update=seen.append), dataclasses.replace(Args(), batch_size=n, obs_noise=0.5)
+    next(learn(agent, data, dataclasses.replace(args, compile="off", decay=False), 0))  # what trains an agent
+    assert seen[-1].obs.std().item() == pytest.approx(0.5, rel=0.02)
 
 
 def test_fit_separates_two_modes_of_action():

@@ -56,6 +56,12 @@ def test_a_killed_run_resumes_bit_for_bit(runs, quantizer, script, update, tmp_p
     assert_same_run(whole, folder)
 
 
+def test_noise_reaches_the_fit(runs):
+    flags = ("--quantizer", "mixture")
+    clean, noisy = (checkpoint(runs("saq_bc", *flags, *more))["parts"] for more in ((), ("--obs-noise", 0.5)))
+    assert not torch.equal(clean["quantizer"]["net.0.weight"], noisy["quantizer"]["net.0.weight"])
+
+
 @pytest.mark.parametrize("quantizer", ["vqvae", "mixture"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_quantizer_that_another_run_fitted_changes_nothing(runs, quantizer, script, tmp_path):

@@ -125,6 +125,12 @@ def test_skipped_updates_leave_no_trace_in_adam():
     assert {value["step"].item() for value in state.values()} == {1}
 
 
+def test_td3_bc_cannot_divide_by_nothing():
+    with pytest.raises(UserError, match="divides by alpha"):
+        agents(alpha=0.0)
+    assert list(agents(alpha=0.0, compare=False)) == ["rebrac"]
+
+
 @pytest.mark.parametrize(("drawn", "noise"), [(1.0, 0.2), (10.0, 0.5)])
 def test_the_noise_of_the_target_is_scaled_and_clipped(drawn, noise, monkeypatch):
     agent, seen = agents()["rebrac"], []
@@ -150,6 +156,9 @@ def test_next_actions_are_the_datasets():
     assert data.next_actions[[0, 1, 3, 4], 0].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.7])
     sample = data.sample(100)
     assert isinstance(sample, Steps)
+    noisy = data.sample(5_000, 100.0)  # far more than observations differ by
+    assert [noisy.obs.std().item(), noisy.next_obs.std().item()] == pytest.approx([100.0, 100.0], rel=0.05)
+    assert noisy.next_actions.unique().tolist() == data.next_actions.unique().tolist()
     known = sample.terminals == 0
     torch.testing.assert_close(sample.next_actions[known, 0], sample.obs[known, 0] / 10 + 0.1)
 

@@ -105,6 +105,13 @@ def test_dry_run():
     assert "core-hours" in last
 
 
+def test_what_an_estimate_leaves_out_is_named(capsys):
+    reproduce.estimate(plan("baselines", tasks=("maze2d-large-demos-v1",)))
+    assert capsys.readouterr().out.endswith("come on top. Not timed: SPOT's model of the density.\n")
+    reproduce.estimate(plan("baselines", agents=("rebrac",)))
+    assert "Not timed" not in capsys.readouterr().out
+
+
 def wait_for(condition, process, seconds=240):
     start = time.monotonic()
     while not condition():

@@ -252,6 +252,7 @@ def memory_of(rows=6, room=20):
 def test_rows_are_written_behind_the_datasets_and_drawn_alike():
     data, memory = memory_of(room=4)
     assert set(memory.sample(1000).obs[:, 0].tolist()) == set(data.obs[:, 0].tolist())  # the room is not drawn from
+    assert memory.sample(5_000, 100.0).obs.std().item() == pytest.approx(100.0, rel=0.05)  # noise, of --obs-noise
     columns = [column.data_ptr() for column in memory.columns]
     for i in range(2):
         memory.add(Transitions(torch.full((3,), 9.0 + i), torch.zeros(2), i, torch.ones(3), 0.0, i), i == 1)
