@@ -375,6 +375,9 @@ class Fits:
 
 def run_all(jobs, table, options):
     """Runs every job whose results the table lacks. Returns what failed, {command: why}."""
+    todo = table.missing(jobs)
+    if not todo:
+        return {}
     try:
         import ray
     except ImportError:
@@ -387,7 +390,7 @@ def run_all(jobs, table, options):
     task = ray.remote(execute).options(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=3)
     threads, data = max(1, round(options.cpus_per_run)), options.data and str(options.data.resolve())
 
-    fits, todo = Fits(options.fits), table.missing(jobs)
+    fits = Fits(options.fits)
     needed = todo | {jobs[command].fit for command in todo}
     started, waiting = {None: None}, {}  # references by command; jobs by reference, until their results are stored
     for command, job in jobs.items():
