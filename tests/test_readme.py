@@ -4,7 +4,6 @@ import csv
 import os
 import re
 import shlex
-import statistics
 import sys
 from pathlib import Path
 
@@ -161,24 +160,6 @@ def test_the_readmes_table():
     lines = plot.make_table(runs, lambda run: run.score, reps=10)
     assert len(lines) > 10
     assert "\n".join(line.rsplit("|", 2)[0] + "|" for line in lines) in README
-
-
-def test_the_table_of_an_earlier_edition():
-    """Three seeds of every agent on every task; means and standard errors as its CSV has them."""
-    scores = {}
-    with open(RESULTS / "algorithms-standin.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            scores.setdefault((row["task"], row["agent"]), []).append(float(row["last_5_mean"]))
-    assert len(scores) == 6 * 9
-    assert all(len(values) == 3 for values in scores.values())
-    page = (ROOT / "docs" / "results.md").read_text()
-    page = page[page.index("| task | saq_cql | cql |") :]
-    agents, _, *lines = [line[2:-2].split(" | ") for line in page[: page.index("\n\n")].splitlines()]
-    for task, *cells in lines:
-        for agent, cell in zip(agents[1:], cells, strict=True):
-            values = scores.pop((task, agent))
-            assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
-    assert not scores
 
 
 def test_files_that_the_readme_names_exist():
