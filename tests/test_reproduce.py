@@ -191,6 +191,11 @@ def test_which_runs_are_missing(tmp_path):
     assert table.missing({job.command: job}) == {job.command}
 
 
+def test_where_nothing_is_missing_ray_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # its import fails
+    assert reproduce.run_all({}, reproduce.Table(tmp_path / "t.csv"), None) == {}
+
+
 KILLED_ONCE = """
 import json, os, pathlib, signal, sys
 run = pathlib.Path(sys.argv[-1], "run")
