@@ -12,7 +12,7 @@ a classifier, which keeps as many modes as there are codes, and whose loss is ex
 What differs from the authors' code is in docs/saq_bc.md; --plain undoes most of it.
 
     python saq_bc.py                                              # three maze demonstrations
-    python saq_bc.py --env door-human-v0 --no-compare             # a D4RL name; downloads the dataset once
+    python saq_bc.py --env door-human-v0 --obs-noise 0.1          # a D4RL name; downloads the dataset once
     python saq_bc.py --env Pendulum-v1 --dataset-path mine.npz    # your own data in D4RL's layout
 
 Luo et al., "Action-Quantized Offline RL for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731. Explained in

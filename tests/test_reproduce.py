@@ -64,6 +64,13 @@ def test_a_quantizer_is_fitted_once_and_before_it_is_needed():
     assert {row[1] for row in rows} == {"prior", *itertools.chain(*reproduce.SCRIPTS.values())}
 
 
+def test_every_agent_of_a_task_gets_its_flags():
+    for task, flags in reproduce.TASK_FLAGS.items():
+        commands = plan("small", tasks=(task,))
+        assert len(commands) > 10
+        assert all(f" {flags} " in f"{command} " for command in commands)
+
+
 def test_what_learns_on_has_rows_of_its_own():
     trained = [list(job.agents.values()) for job in plan("online").values()]
     assert trained == 2 * [["prior"], ["saq_spot", "spot", "saq_online", "spot_online"]]
