@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 # isort: off
 from vqvae import QUANTIZERS, adamw, codebook_health, decay_lr, fit, minimize, mlp, plot_codes, polyak_update  # method
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, film, lock
-from vqvae import load_task, make_eval_envs, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
+from vqvae import UserError, check_numbers, check_unchanged, describe_health, exit_in_words, film, lock, make_eval_envs
+from vqvae import accelerate, load_task, prepare, read_checkpoint, take_quantizer, tracker, write_checkpoint, write_file
 
 
 @dataclass
@@ -75,16 +75,16 @@ class Args:
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # vqvae: steps between two moves of unchosen codes to where actions are; 0: never
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
-    # --- Both agents ---
+    # --- Every agent ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
-    decay: bool = True  # let the learning rates of both agents fall to 0 along a cosine
+    decay: bool = True  # let the learning rates of agents fall to 0 along a cosine
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
-    reward_shift: float = 0.0  # is added to them then; scores stay as they are
+    reward_shift: float = 0.0  # added after that; scores do not change
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
-    support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
+    support: float = 0.1  # SAQ: codes with less than this share of the prior's highest probability do not act
     # --- SAQ-CQL ---
     alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10; 0: QT-Opt
     penalty: Literal["cql_h", "cql_rho", "v1"] = "cql_h"  # rho: codes weighed by the prior; v1: nothing pushed up
@@ -98,7 +98,7 @@ class Args:
 
 
 # Fields by the first letters of a task's name; a flag wins. Chosen here (docs/results.md), the maze's to end in five
-# minutes. Alpha: the default, 20, is of what the authors' code sweeps (15, 20, 30); for antmaze it is CORL's.
+# minutes. Alpha: the default, 20, is one of those that the authors' code sweeps (15, 20, 30); for antmaze it is CORL's.
 LOCOMOTION = dict(act="mean", decay=False, target_every=100, cql_alpha=20.0)
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
@@ -214,8 +214,8 @@ class Critic(nn.Module):
 
 
 class ContinuousCQL(nn.Module):
-    """CQL(H), where an entropy bonus H makes the highest Q a log-sum-exp: here an integral over actions, estimated by
-    importance sampling. It is trained by soft actor-critic: two critics, and a policy that raises Q plus its
+    """CQL(H): with an entropy bonus H the maximum of Q becomes a log-sum-exp, here an integral over actions, estimated
+    by importance sampling. It is trained by soft actor-critic: two critics, and a policy that raises Q plus its
     entropy at a learned price, the temperature; the critics' target leaves the entropy out. As in young-geng/JaxCQL,
     from which SAQ's authors started.
 
@@ -311,12 +311,13 @@ SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a 
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
 PLAIN |= dict(average=0.0, alpha=20.0, target_every=200, cql_alpha=5.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
-FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
+FREE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
+FREE_TO_EVALUATE = FREE | {"act", "support"}
+FREE_TO_RESUME = FREE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
-    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
+    """The Args of a task. Later ones win: its row of HPARAMS, where it has one, the quantizer's row, PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     name = env.split(":")[-1]
     name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
@@ -349,7 +350,8 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run."""
+    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -382,14 +384,13 @@ def assess(agent, vqvae, envs, task, data, args):
 class Run:
     """The folder of a run: args.json and metrics.csv for readers, checkpoint.pt with all that --resume needs."""
 
-    # What a checkpoint holds: arguments; a checksum of the data; by phase the steps done and the state of the random
+    # What a checkpoint holds: arguments; checksums of the data; by phase the steps done and the state of the random
     # numbers; the phase whose evaluation comes next; the seconds that updates took, by phase; what was logged: (step,
     # name, value); networks and optimizers.
-    NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
+    NEW = {"args": {}, "data": [], "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum, done):
-        self.args, self.updating, self.stopping = args, False, False
-        self.parts = parts_of(learners)  # the learners and their optimizers
+        self.args, self.learners, self.updating, self.stopping = args, learners, False, False
         self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
@@ -412,18 +413,18 @@ class Run:
         name = f"{task}__{SCRIPT}__s{self.args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.folder = Path(self.args.out) / f".{name}"
         self.folder.mkdir(parents=True)
-        write_file(self.folder / f"{SCRIPT}.py", Path(__file__).read_text(encoding="utf-8"))  # the code as it ran
+        for path in (Path(__file__), Path(sys.modules["vqvae"].__file__)):  # the code as it ran
+            write_file(self.folder / path.name, path.read_text(encoding="utf-8"))
         self.save()
         return self.folder.rename(self.folder.with_name(name))
 
     def save(self):
-        self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write_file(self.folder / "checkpoint.pt", partial(torch.save, self.state))
+        write_checkpoint(self.folder / "checkpoint.pt", self.state, self.learners)
         lines = "".join(f"{step},{name},{value:.6g}\n" for step, name, value in self.state["log"])
         write_file(self.folder / "metrics.csv", f"step,name,value\n{lines}")
 
     def restore(self):
-        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.parts)
+        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.learners)
         if self.args.eval_only is None and begun["data"] != self.state["data"]:
             raise UserError(f"the run in {self.folder} has begun on other data than these.")
         self.state = begun | {"args": vars(self.args)}
@@ -458,7 +459,7 @@ class Run:
             rng.set_rng_state(self.state["rng"][stream].cpu())
         else:
             torch.manual_seed(self.args.seed + start)
-        # Seconds of the updates alone, a core's (on a GPU the clock's), and without the first one, which compiles.
+        # Seconds of all updates but the first, which compiles: the process's CPU time (on a GPU the clock's).
         clock = time.perf_counter if self.args.device == "cuda" else time.process_time
         seconds, began = self.state["seconds"].get(phase, 0.0), None
         if self.state["due"] == phase:  # --resume begins with the evaluation that came next
@@ -505,7 +506,7 @@ def report(run, agents, vqvae, task, episodes):
     """Evaluates each agent over `episodes` episodes and prints the table; returns what result.json says."""
     envs = make_eval_envs(task.env.spec, episodes)
     result = {"provenance": task.provenance, "data_score": task.data_score, "episodes": episodes}
-    print(f"\n{'':12}{'score':>8}{'last 5 evaluations':>22}{'return':>20}")
+    print(f"\n{'':12}{'score':>8}{'last 5 in training':>22}{'return':>20}")
     for name, agent in agents.items():
         returns = evaluate(agent, vqvae, envs, episodes)
         score, mean, std = task.score(returns.mean()), returns.mean(), returns.std()
@@ -560,7 +561,7 @@ def main():
     print(f"run: {run.folder}")
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
-    # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
+    # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it waits for run.train to ask.
     options = dict(compile=args.compile, decay=args.vq_decay, revive_every=args.revive_every, noise=args.obs_noise)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, done.get("quantizer", 0), **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 # isort: off
 from vqvae import QUANTIZERS, adamw, codebook_health, decay_lr, fit, minimize, mlp, plot_codes, polyak_update  # method
-from vqvae import UserError, accelerate, check_numbers, check_unchanged, describe_health, exit_in_words, film, lock
-from vqvae import load_task, make_eval_envs, parts_of, prepare, read_checkpoint, take_quantizer, tracker, write_file
+from vqvae import UserError, check_numbers, check_unchanged, describe_health, exit_in_words, film, lock, make_eval_envs
+from vqvae import accelerate, load_task, prepare, read_checkpoint, take_quantizer, tracker, write_checkpoint, write_file
 
 
 @dataclass
@@ -73,16 +73,16 @@ class Args:
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
     revive_every: int = 100  # vqvae: steps between two moves of unchosen codes to where actions are; 0: never
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
-    # --- Both agents ---
+    # --- Every agent ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
-    decay: bool = True  # let the learning rates of both agents fall to 0 along a cosine
+    decay: bool = True  # let the learning rates of agents fall to 0 along a cosine
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
-    reward_shift: float = 0.0  # is added to them then; scores stay as they are
+    reward_shift: float = 0.0  # added after that; scores do not change
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
-    support: float = 0.1  # SAQ: a code acts where the prior gives it this share of its likeliest code's probability
+    support: float = 0.1  # SAQ: codes with less than this share of the prior's highest probability do not act
     # --- Both IQLs ---
     expectile: float = 0.7  # tau: V(s) is this expectile of Q(s, a) over the dataset's actions
     polyak: float = 0.005  # rate at which target networks follow
@@ -90,7 +90,7 @@ class Args:
     temperature: float = 2.0  # lambda of Eq. 14, in units of Q: the larger, the closer the policy is to the data
     prior_floor: float = -8.0  # log p(k | s) counts as at least this: Q can still choose a rare code (authors)
     weight_decay: float = 1e-3  # AdamW's weight decay of the Q network
-    exact_expectile: bool = False  # V(s) is the expectile of Q(s, k) over the prior's k, computed: no V network
+    exact_expectile: bool = False  # V(s) is the expectile of Q(s, k) over the prior's k, computed: no V network learns
     best_of: int = 0  # N > 0: EMaQ, in V(s) and in the policy: the best by Q of N codes drawn from the prior, computed
     # --- Continuous IQL ---
     beta: float = 3.0  # inverse temperature: weights are exp(beta A). SAQ's lambda divides instead: beta = 1 / lambda
@@ -172,7 +172,7 @@ class DiscreteIQL(nn.Module):
     def policy_logits(self, obs):
         """Eq. 14, the best policy that stays near the prior: pi(k | s) ~ p(k | s) exp(A(s, k) / lambda). V(s) is the
         same for every code, so Q stands in for A = Q - V. With best_of, EMaQ's policy. obs (B, O) -> (B, K)."""
-        if self.args.best_of:  # of codes that may act: the best could be one that may not, and leave the others nothing
+        if self.args.best_of:  # masked first: a code that may not act could be the best and leave the others nothing
             p = self.vqvae.supported(obs, self.vqvae.prior_logits(obs), self.args.support).softmax(1)
             return best_of(self.qf(obs), p, self.args.best_of).log()
         return self.qf(obs) / self.args.temperature + self.log_prior(obs)
@@ -206,8 +206,8 @@ def expectile(q, p, tau):
 
 
 def best_of(q, p, n):
-    """The probability (B, K) of each code to be the best by its value q (B, K) of n drawn from p (B, K): that all n are
-    among the values up to its own, less that all are below it (EMaQ, Ghasemipour et al., ICML 2021, without drawing).
+    """The probability (B, K) that a code is the best, by its value q (B, K), of n drawn from p (B, K): that all n have
+    values up to its own, less that all have lower ones (EMaQ, Ghasemipour et al., ICML 2021, without drawing).
     n = 1 is p itself, n to infinity the argmax of q where p is not 0."""
     order = q.argsort(1)
     up_to = p.gather(1, order).cumsum(1)  # (B, K), in the order of rising q
@@ -314,12 +314,13 @@ SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a 
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0)
 PLAIN |= dict(act="sample", temperature=2.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "act", "support", "resume", "eval_only"}
-FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
+FREE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
+FREE_TO_EVALUATE = FREE | {"act", "support"}
+FREE_TO_RESUME = FREE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False, quantizer="vqvae"):
-    """The Args of a task: its row of HPARAMS, where it has one, over that the quantizer's, over that PLAIN."""
+    """The Args of a task. Later ones win: its row of HPARAMS, where it has one, the quantizer's row, PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     name = env.split(":")[-1]
     name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
@@ -352,7 +353,8 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run."""
+    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -385,14 +387,13 @@ def assess(agent, vqvae, envs, task, data, args):
 class Run:
     """The folder of a run: args.json and metrics.csv for readers, checkpoint.pt with all that --resume needs."""
 
-    # What a checkpoint holds: arguments; a checksum of the data; by phase the steps done and the state of the random
+    # What a checkpoint holds: arguments; checksums of the data; by phase the steps done and the state of the random
     # numbers; the phase whose evaluation comes next; the seconds that updates took, by phase; what was logged: (step,
     # name, value); networks and optimizers.
-    NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
+    NEW = {"args": {}, "data": [], "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum, done):
-        self.args, self.updating, self.stopping = args, False, False
-        self.parts = parts_of(learners)  # the learners and their optimizers
+        self.args, self.learners, self.updating, self.stopping = args, learners, False, False
         self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
@@ -415,18 +416,18 @@ class Run:
         name = f"{task}__{SCRIPT}__s{self.args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.folder = Path(self.args.out) / f".{name}"
         self.folder.mkdir(parents=True)
-        write_file(self.folder / f"{SCRIPT}.py", Path(__file__).read_text(encoding="utf-8"))  # the code as it ran
+        for path in (Path(__file__), Path(sys.modules["vqvae"].__file__)):  # the code as it ran
+            write_file(self.folder / path.name, path.read_text(encoding="utf-8"))
         self.save()
         return self.folder.rename(self.folder.with_name(name))
 
     def save(self):
-        self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write_file(self.folder / "checkpoint.pt", partial(torch.save, self.state))
+        write_checkpoint(self.folder / "checkpoint.pt", self.state, self.learners)
         lines = "".join(f"{step},{name},{value:.6g}\n" for step, name, value in self.state["log"])
         write_file(self.folder / "metrics.csv", f"step,name,value\n{lines}")
 
     def restore(self):
-        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.parts)
+        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.learners)
         if self.args.eval_only is None and begun["data"] != self.state["data"]:
             raise UserError(f"the run in {self.folder} has begun on other data than these.")
         self.state = begun | {"args": vars(self.args)}
@@ -461,7 +462,7 @@ class Run:
             rng.set_rng_state(self.state["rng"][stream].cpu())
         else:
             torch.manual_seed(self.args.seed + start)
-        # Seconds of the updates alone, a core's (on a GPU the clock's), and without the first one, which compiles.
+        # Seconds of all updates but the first, which compiles: the process's CPU time (on a GPU the clock's).
         clock = time.perf_counter if self.args.device == "cuda" else time.process_time
         seconds, began = self.state["seconds"].get(phase, 0.0), None
         if self.state["due"] == phase:  # --resume begins with the evaluation that came next
@@ -508,7 +509,7 @@ def report(run, agents, vqvae, task, episodes):
     """Evaluates each agent over `episodes` episodes and prints the table; returns what result.json says."""
     envs = make_eval_envs(task.env.spec, episodes)
     result = {"provenance": task.provenance, "data_score": task.data_score, "episodes": episodes}
-    print(f"\n{'':12}{'score':>8}{'last 5 evaluations':>22}{'return':>20}")
+    print(f"\n{'':12}{'score':>8}{'last 5 in training':>22}{'return':>20}")
     for name, agent in agents.items():
         returns = evaluate(agent, vqvae, envs, episodes)
         score, mean, std = task.score(returns.mean()), returns.mean(), returns.std()
@@ -563,7 +564,7 @@ def main():
     print(f"run: {run.folder}")
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 
-    # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it works as run.train asks.
+    # 1. Fit the quantizer on the dataset's states and actions. `updates` is a generator: it waits for run.train to ask.
     options = dict(compile=args.compile, decay=args.vq_decay, revive_every=args.revive_every, noise=args.obs_noise)
     updates = fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, done.get("quantizer", 0), **options)
     run.train("quantizer", updates, args.vq_steps, lambda: codebook_health(vqvae, data.obs, data.actions))

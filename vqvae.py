@@ -15,12 +15,12 @@ Beside it a prior learns to name the code from the state, by - log p(k | s). Luo
 Reinforcement Learning for Robotic Skill Learning", CoRL 2023, arXiv:2310.11731) show the state s to encoder and
 decoder, so that one code means different actions in different states.
 
-    with torch.device("cpu"):                                  # or "cuda": where it will train, it has an optimizer
+    with torch.device("cpu"):                                  # or "cuda": where it will train, with its optimizer
         vqvae = ActionVQVAE(obs_dim, action_dim, num_codes=64)
     for step, info in fit(vqvae, obs, actions, steps=20_000):  # obs (N, O), actions (N, A) in [-1, 1], float32
         ...                                                    # log info, save vqvae.state_dict(), ...
     codes = vqvae.encode_dataset(obs, actions)                 # (N,)    which code each action became
-    actions = vqvae.decode(obs, codes)                         # (N, A)  what a code stands for *in that state*
+    actions = vqvae.decode(obs[:256], codes[:256])             # (256, A)  what a code stands for *in that state*
 
 `Mixture` and `Aquadem`, with the same interface, have no encoder: they predict K candidate actions from the state.
 
@@ -45,7 +45,7 @@ import threading
 import time
 import zipfile
 import zlib
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +58,8 @@ from torch import nn
 
 
 class Quantizer(nn.Module):
-    """What every quantizer has: its size, the units of observations, how it is trained, and what acts. A kind of them
-    adds `forward` (the loss), `encode`, `decode`, `candidates` (what all codes stand for) and `prior_logits`.
+    """What all quantizers share: size, units of observations, training step, acting. A subclass adds `forward` (the
+    loss), `encode`, `decode`, `candidates` (what all codes stand for) and `prior_logits`.
 
     obs_dim: O. num_codes: K. action_only: the paper's ablation (Table 3), in which every network sees zeros in place of
     the state."""
@@ -80,18 +80,20 @@ class Quantizer(nn.Module):
     def act(self, obs, logits, how, support=0.0):
         """What a policy over codes, the softmax of logits (B, K), does in obs (B, O): actions (B, A) in [-1, 1].
 
-        how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", the action that it expects, an
-        exact sum over the codes: right where actions are one intention plus noise, wrong between two intentions.
-        support: of which codes; see `supported`."""
+        how: "greedy", its likeliest code, decoded; "sample", one that it draws; "mean", its expected action, an exact
+        sum over the codes: right where actions are one intention plus noise, wrong between two intentions.
+        support: leaves out unlikely codes; see `supported`."""
         logits = self.supported(obs, logits, support)
         if how == "mean":
             return (logits.softmax(1)[..., None] * self.candidates(obs)).sum(1).clamp(-1, 1)
+        if how not in ("greedy", "sample"):
+            raise ValueError(f'a policy acts "greedy", by "sample" or by "mean", not {how!r}')
         codes = logits.argmax(1) if how == "greedy" else logits.softmax(1).multinomial(1)[:, 0]  # (B,)
         return self.decode(obs, codes).clamp(-1, 1)
 
     def supported(self, obs, logits, support):
         """logits (B, K), at -inf for codes to which the prior gives less than `support` times its likeliest one's
-        probability, as in discrete BCQ (Fujimoto et al. 2019, arXiv:1910.01708): what Q says of them has no ground."""
+        probability, as in discrete BCQ (Fujimoto et al. 2019, arXiv:1910.01708): no data bear out what Q says there."""
         if support == 0:
             return logits
         prior = self.prior_logits(obs)
@@ -200,7 +202,7 @@ def mlp(in_dim, out_dim, hidden=(512, 512)):
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
     for inner in layers[2:-2:2]:
-        inner.between = True  # two hidden layers: its products may be in bfloat16 (part 2)
+        inner.between = True  # between two hidden layers: may multiply in bfloat16 (part 2)
     nn.init.uniform_(layer.weight, -((0.03 / fan_in) ** 0.5), (0.03 / fan_in) ** 0.5)
     return nn.Sequential(*layers[:-1])
 
@@ -242,8 +244,8 @@ class Mixture(Quantizer):
     def forward(self, obs, actions):
         log_joint, distance = self.log_joint(obs, actions)  # (B, K) each
         loss = -(log_joint.amax(1) if self.hard else log_joint.logsumexp(1)).mean()
-        # The sigma of the highest likelihood, given the candidates: the mean squared distance from the one that made an
-        # action, over dimensions. A running average of batches. One sigma for all dimensions: with one for each, a
+        # The likeliest sigma^2, given the candidates: the mean squared distance, per dimension, of actions from the
+        # candidates that made them. A running average of batches. One sigma for all dimensions: with one for each, a
         # dimension whose actions lie at a bound would take over.
         with torch.no_grad():
             share = F.one_hot(log_joint.argmax(1), self.num_codes) if self.hard else log_joint.softmax(1)
@@ -330,10 +332,11 @@ QUANTIZERS = {
 
 def fit(vqvae, obs, actions, steps, batch_size=256, start=0, compile="off", decay=True, revive_every=100, noise=0.0):
     """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
-    after each step, for the caller to log, save or stop.
+    after each step, for the caller to log, save or stop. On a GPU the next step overwrites `info`.
 
     compile: "off", "on", or "auto", on from 10,000 steps: torch.compile on the CPU (`accelerate`).
-    decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one.
+    decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one, and
+    where `update` is to go on afterwards.
     revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0: never. Of
     ActionVQVAE alone: candidates that a mixture leaves unused are not missed.
     noise: standard deviation of Gaussian noise on obs, drawn anew in every step; see `with_noise`.
@@ -372,7 +375,7 @@ def codebook_health(vqvae, obs, actions):
     used: share of the K codes that some action chose.
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
     per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state is exp of what
-    codes tell of the state (their mutual information): that much is to be learned before a policy chooses well.
+    codes tell of the state (their mutual information): a policy must learn that much before it chooses well.
     persistence: with d_t the action of row t less the prior's mean action there, the cosine similarity of d_t and
     d_(t+1), of 500 pairs of rows. Near 0 d is noise, and the mean may act; where it is large, demonstrators kept to
     one of several intentions.
@@ -384,7 +387,7 @@ def codebook_health(vqvae, obs, actions):
         error += (vqvae.decode(o, k) - a).square().sum(0) / len(obs)
         entropy += torch.special.entr(vqvae.prior_logits(o).softmax(1)).sum() / len(obs)
     use = torch.bincount(codes, minlength=vqvae.num_codes) / len(codes)  # (K,)
-    rows = torch.linspace(0, max(0, len(obs) - 2), 500, device=obs.device).long()
+    rows = torch.linspace(0, max(0, len(obs) - 2), 500, device=obs.device, dtype=torch.float64).long()
     rows = torch.cat([rows, (rows + 1).clamp(max=len(obs) - 1)])
     now, then = (actions[rows] - vqvae.act(obs[rows], vqvae.prior_logits(obs[rows]), "mean")).chunk(2)  # (500, A) each
     health = {
@@ -419,7 +422,7 @@ def plot_codes(vqvae, obs, actions, states=6):
     states, and is the fainter the less the data use it there, by the prior; black is what the data did."""
     from matplotlib.figure import Figure
 
-    rows = torch.linspace(0, len(obs) - 1, states, device=obs.device).long()
+    rows = torch.linspace(0, len(obs) - 1, states, device=obs.device, dtype=torch.float64).long()
     codes = torch.arange(vqvae.num_codes, device=obs.device)
     figure = Figure(figsize=(2 * states, 3), layout="constrained")
     figure.suptitle(
@@ -427,7 +430,7 @@ def plot_codes(vqvae, obs, actions, states=6):
     )
     for axes, row in zip(figure.subplots(1, states, sharey=True), rows.tolist(), strict=True):
         decoded = vqvae.decode(obs[row].expand(vqvae.num_codes, -1), codes).clamp(-1, 1).cpu()  # (K, A)
-        action, usual = actions[row].cpu(), vqvae.prior_logits(obs[row]).softmax(0).cpu()  # (A,), (K,)
+        action, usual = actions[row].cpu(), vqvae.prior_logits(obs[row : row + 1])[0].softmax(0).cpu()  # (A,), (K,)
         flat = len(action) == 2
         for k in usual.argsort().tolist():  # the usual ones on top
             style = {"color": f"C{k % 10}", "alpha": float(0.1 + 0.9 * usual[k] / usual.max())}
@@ -447,14 +450,14 @@ def plot_codes(vqvae, obs, actions, states=6):
 
 class Linear(nn.Linear):
     """nn.Linear in a form that torch.compile makes more of: it merges the bias with the ReLU, and a layer with a single
-    output with all around it, where a call of a matrix product would take longer than the product.
+    output becomes a sum, merged with its surroundings: to call a product would take longer.
 
     Where `prepare` asks for it, layers `between` two hidden ones multiply in bfloat16, forward and backward: numbers
     of 8 significant bits, summed in float32. Observations, outputs, losses and what the optimizer adds up stay in
     float32."""
 
-    bfloat16 = False  # of the class: whether `prepare` has asked for it
-    between = False  # of a layer: `mlp` knows
+    bfloat16 = False  # set on the class, by `prepare`: for the whole process
+    between = False  # set on a layer, by `mlp`
 
     def forward(self, x):
         if self.out_features == 1:
@@ -472,7 +475,7 @@ def adamw(parameters, lr, weight_decay=0.0):
     parameters = list(parameters)
     rate = torch.tensor(lr, device=parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=True)
-    optimizer.initial_lr = lr  # for `decay_lr`
+    optimizer.defaults["initial_lr"] = lr  # for `decay_lr`; here copies and pickles keep it
     return optimizer
 
 
@@ -499,7 +502,7 @@ def decay_lr(optimizer, step, steps):
     """Sets the learning rate of step `step`, a number or a tensor, on a cosine from the one it was made with to 0."""
     step = torch.as_tensor(step, dtype=torch.float64)
     for group in optimizer.param_groups:
-        group["lr"].copy_(optimizer.initial_lr * (1 + torch.cos(math.pi * step / steps)) / 2)
+        group["lr"].copy_(optimizer.defaults["initial_lr"] * (1 + torch.cos(math.pi * step / steps)) / 2)
 
 
 @torch.no_grad()
@@ -513,7 +516,9 @@ def polyak_update(target, network, rate):
 def accelerate(update, device, compile="off", steps=0):
     """Returns a function that does what `update` does, faster. `update` takes nothing and returns a dict of tensors.
 
-    CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph.
+    CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph. What
+    it returns is overwritten by the next step; numbers and branches of Python stay what they were at the capture, so
+    that what is to change must be a tensor.
     CPU: `compile` "on" merges everything between the matrix products with torch.compile, backward pass included. That
     needs a C++ compiler; without one it says so and `update` runs as it is. It takes half a minute before the first
     step, so "auto" leaves it out where there are fewer than 10,000 `steps`.
@@ -618,7 +623,7 @@ def tune_cpu():
     oneDNN runs float32 matrix products, on AMD processors about twice as fast as MKL. "medium" also permits bfloat16,
     which processors with AMX then use; so the precision is tried out and the setting taken back where it is not enough.
     glibc keeps freed memory instead of giving every large tensor back to the system and faulting it in page by page."""
-    x = torch.rand(256, 256)
+    x = torch.rand(256, 256, generator=torch.Generator().manual_seed(0))  # the caller's random numbers stay as they are
     torch.set_float32_matmul_precision("medium")
     if (x @ x - x.double() @ x.double()).abs().max() > 1e-3:
         torch.set_float32_matmul_precision("highest")
@@ -659,11 +664,37 @@ def write_file(path, content):
         part.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, like, device="cpu", parts=None):
-    """What torch.save wrote to `path`: a dict with the keys of `like`, values of their types, and their keys where they
-    are dicts that hold something. The state of each of `parts`, modules and optimizers by name, is loaded from its
-    "parts". Nothing in the file is executed. Raises UserError where it is missing, foreign, damaged in any byte, or
-    holds numbers that are not finite."""
+def parts_of(learners):
+    """The modules of a dict by name, and beside them the optimizers among their attributes, as "name.attribute"."""
+    found = dict(learners)
+    for name, learner in learners.items():
+        optimizers = {key: value for key, value in vars(learner).items() if isinstance(value, torch.optim.Optimizer)}
+        found |= {f"{name}.{key}": optimizer for key, optimizer in optimizers.items()}
+    return found
+
+
+def is_finite(state):
+    """Whether all tensors in the state_dict of a module or an optimizer hold finite numbers."""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    return all(is_finite(value) for value in state.values()) if isinstance(state, dict) else True
+
+
+def write_checkpoint(path, state, learners):
+    """Writes `state`, a dict, to `path`, and the states of all `parts_of` the learners as its "parts". Raises UserError
+    where one holds numbers that are not finite: what `path` held before stays."""
+    state["parts"] = {name: part.state_dict() for name, part in parts_of(learners).items()}
+    for name, its in state["parts"].items():
+        if not is_finite(its):
+            raise UserError(f"{name} holds numbers that are not finite: {path} is from before.")
+    write_file(path, partial(torch.save, state))
+
+
+def read_checkpoint(path, like, device="cpu", learners=None):
+    """What `write_checkpoint` wrote to `path`: a dict with the keys of `like` and values of the same types; where one
+    is a dict that holds something, with its keys too. Its "parts" are loaded into those of `learners`. Nothing in the
+    file is executed. Raises UserError where it is missing, foreign, damaged in any byte, or holds numbers that are not
+    finite."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
             raise ValueError(f"{damaged} in it is damaged")
@@ -672,10 +703,9 @@ def read_checkpoint(path, like, device="cpu", parts=None):
             other = type(state.get(key)) is not type(value)
             if other or (isinstance(value, dict) and value and state[key].keys() != value.keys()):
                 raise ValueError(f"its {key} are not those of a run of this script")
-        for name, part in (parts or {}).items():
-            for value in state["parts"][name].values():
-                if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                    raise ValueError(f"{name} in it holds numbers that are not finite")
+        for name, part in parts_of(learners or {}).items():
+            if not is_finite(state["parts"][name]):
+                raise ValueError(f"{name} in it holds numbers that are not finite")
             part.load_state_dict(state["parts"][name])
     except Exception as error:  # of a dozen types
         raise UserError(f"{path} cannot be used: {one_line(error)}.") from None
@@ -688,27 +718,18 @@ QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr vq_decay normalize_obs 
 def take_quantizer(args, checksum, vqvae):
     """Loads into `vqvae` and its optimizer what the run in args.quantizer_from has fitted; returns the "done" of a run
     that begins with it: {} where no other run is named, or a run goes on. Raises UserError where that run has not ended
-    its fit, or began on other data (`checksum`) or with other settings of the quantizer than `args`."""
+    its fit, or has other observations or actions (`checksum`) or other settings of the quantizer than `args`."""
     if args.quantizer_from is None or args.resume is not None or args.eval_only is not None:
         return {}
-    path, like = Path(args.quantizer_from) / "checkpoint.pt", {"args": {}, "data": 0, "done": {}}
+    path, like = Path(args.quantizer_from) / "checkpoint.pt", {"args": {}, "data": [], "done": {}}
     other = read_checkpoint(path, like)
-    if other["data"] != checksum or other["done"].get("quantizer") != args.vq_steps:
+    if other["data"][:1] != checksum[:1] or other["done"].get("quantizer") != args.vq_steps:
         raise UserError(f"{path} holds no quantizer that {args.vq_steps} steps (vq_steps) have fitted to these data.")
     for name in QUANTIZER_FIELDS.split():
         if other["args"].get(name) != getattr(args, name):
             raise UserError(f"the quantizer in {path} has {name} {other['args'].get(name)}: pass the same.")
-    read_checkpoint(path, like, args.device, parts_of({"quantizer": vqvae}))
+    read_checkpoint(path, like, args.device, {"quantizer": vqvae})
     return {"quantizer": args.vq_steps}
-
-
-def parts_of(learners):
-    """The modules of a dict by name, and beside them the optimizers among their attributes, as "name.attribute"."""
-    found = dict(learners)
-    for name, learner in learners.items():
-        optimizers = {key: value for key, value in vars(learner).items() if isinstance(value, torch.optim.Optimizer)}
-        found |= {f"{name}.{key}": optimizer for key, optimizer in optimizers.items()}
-    return found
 
 
 def lock(folder):
@@ -753,7 +774,7 @@ def tracker(folder, config):
     return rows.put
 
 
-LIMITS = {  # what a number must at least be, and at most; of all scripts
+LIMITS = {  # the lowest and the highest value allowed, in all scripts
     "steps vq_steps vae_steps batch_size vq_batch_size num_codes": (1, 1e9),
     "log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "target_every cql_samples layers width flow_steps candidates samples backup_samples": (1, 1e9),
@@ -878,11 +899,15 @@ class Transitions(NamedTuple):
     rewards: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, O)
     terminals: torch.Tensor  # (N,)
-    codes: torch.Tensor  # (N,), int64: what the quantizer made of the actions
+    codes: torch.Tensor  # (N,), int64: what the quantizer made of the actions; -1 before that
 
     def checksum(self):
-        """A number that tells these observations and actions from others."""
-        return zlib.crc32(self.actions.cpu().numpy(), zlib.crc32(self.obs.cpu().numpy()))
+        """Two numbers: one tells these observations and actions from others, the other one the rest but the codes."""
+
+        def crc(*columns):
+            return reduce(lambda crc, column: zlib.crc32(column.cpu().numpy(), crc), columns, 0)
+
+        return [crc(self.obs, self.actions), crc(self.rewards, self.next_obs, self.terminals)]
 
     def sample(self, batch_size, noise=0.0):
         """A batch of transitions, drawn uniformly with replacement. noise: see `with_noise`."""
@@ -994,12 +1019,12 @@ def find_ends(arrays, limit):
 
 
 def make_transitions(arrays, env, device):
-    """A user's arrays, checked, as Transitions on `device`, all codes 0, and the return (E,) of each episode.
+    """A user's arrays, checked, as Transitions on `device`, all codes -1, and the return (E,) of each episode.
 
     arrays: observations (N, O), actions (N, A), rewards (N,), terminals (N,) and, if there are any, timeouts (N,) and
     next_observations (N, O), episodes in a row. env: tells the bounds of actions and the time limit; None: actions lie
     in [-1, 1]. Rows whose next observation is unknown are left out. Raises UserError where the arrays do not fit."""
-    returns = arrays.get("returns")  # of tasks whose data pay otherwise than their environment does
+    returns = arrays.get("episode_returns")  # of tasks whose data pay otherwise than their environment does
     arrays = check_arrays(arrays, env)
     outside = (np.abs(arrays["actions"]) > 1).any(1)
     if outside.any():
@@ -1022,7 +1047,7 @@ def make_transitions(arrays, env, device):
     shifted = "next_observations" not in arrays
     next_obs = column("observations", rows + 1) if shifted else column("next_observations", rows)
     terminals = column("terminals", rows).gt(0).float()
-    columns = obs, actions, rewards, next_obs, terminals, torch.zeros(len(rows), dtype=torch.int64)
+    columns = obs, actions, rewards, next_obs, terminals, torch.full((len(rows),), -1)
     return Transitions(*(column.to(device) for column in columns)), returns
 
 
@@ -1077,7 +1102,7 @@ class Memory:
         return Transitions(*(column[self.old : int(self.count)] for column in self.columns))
 
     def add(self, transition, ended):
-        """Writes a transition, Transitions without their first dimension, into the next row. ended: its episode is."""
+        """Writes a transition, Transitions without their first dimension, into the next row. ended: its episode has."""
         for column, value in zip(self.columns, transition, strict=True):
             column[self.count] = value
         self.count += 1

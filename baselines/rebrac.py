@@ -44,7 +44,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # vqvae.py lies there, or beside a copy of this file
 from vqvae import Linear, adamw, decay_lr, minimize, polyak_update, with_noise  # the method; the rest runs it
 from vqvae import Quantizer, UserError, accelerate, check_numbers, check_unchanged, exit_in_words, film
-from vqvae import load_task, lock, make_eval_envs, parts_of, prepare, read_checkpoint, tracker, write_file
+from vqvae import load_task, lock, make_eval_envs, prepare, read_checkpoint, tracker, write_checkpoint, write_file
 
 
 @dataclass
@@ -70,14 +70,14 @@ class Args:
     eval_episodes: int = 10  # episodes of each evaluation during training, and of --eval-only
     final_episodes: int = 100  # episodes of the final evaluation
     video: int = 0  # episodes of each agent to film at the end
-    # --- Both agents ---
+    # --- Every agent ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees (the authors: 1_024 for locomotion)
     lr: float = 3e-4  # learning rate of every network (ReBRAC's authors: 1e-3 for locomotion)
-    decay: bool = True  # let the learning rates of both agents fall to 0 along a cosine (the authors: constant)
+    decay: bool = True  # let the learning rates of agents fall to 0 along a cosine (the authors: constant)
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
-    reward_shift: float = 0.0  # is added to them then; scores stay as they are
+    reward_shift: float = 0.0  # added after that; scores do not change
     polyak: float = 0.005  # rate at which target networks follow, in every second step
     noise: float = 0.2  # standard deviation of what is added to the target policy's action, clipped at 0.5
     # --- ReBRAC ---
@@ -271,7 +271,7 @@ FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
-    """The Args of a task: its row of HPARAMS, where it has one, and over that PLAIN."""
+    """The Args of a task. Later ones win: its row of HPARAMS, where it has one, PLAIN."""
     rows = {word: row for words, row in HPARAMS.items() for word in words.split()}
     name = env.split(":")[-1]
     name = f"ogbench:{name}" if "-singletask" in name else name  # its antmaze does not pay as D4RL's does
@@ -303,7 +303,8 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run."""
+    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -336,14 +337,13 @@ def assess(agent, vqvae, envs, task, data, args):
 class Run:
     """The folder of a run: args.json and metrics.csv for readers, checkpoint.pt with all that --resume needs."""
 
-    # What a checkpoint holds: arguments; a checksum of the data; by phase the steps done and the state of the random
+    # What a checkpoint holds: arguments; checksums of the data; by phase the steps done and the state of the random
     # numbers; the phase whose evaluation comes next; the seconds that updates took, by phase; what was logged: (step,
     # name, value); networks and optimizers.
-    NEW = {"args": {}, "data": 0, "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
+    NEW = {"args": {}, "data": [], "done": {}, "rng": {}, "due": "", "seconds": {}, "log": [], "parts": {}}
 
     def __init__(self, args, learners, checksum, done):
-        self.args, self.updating, self.stopping = args, False, False
-        self.parts = parts_of(learners)  # the learners and their optimizers
+        self.args, self.learners, self.updating, self.stopping = args, learners, False, False
         self.state = copy.deepcopy(Run.NEW) | {"args": vars(args), "data": checksum, "done": done}
         if args.eval_only is not None:
             self.folder = Path(args.eval_only)
@@ -366,18 +366,18 @@ class Run:
         name = f"{task}__{SCRIPT}__s{self.args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.folder = Path(self.args.out) / f".{name}"
         self.folder.mkdir(parents=True)
-        write_file(self.folder / f"{SCRIPT}.py", Path(__file__).read_text(encoding="utf-8"))  # the code as it ran
+        for path in (Path(__file__), Path(sys.modules["vqvae"].__file__)):  # the code as it ran
+            write_file(self.folder / path.name, path.read_text(encoding="utf-8"))
         self.save()
         return self.folder.rename(self.folder.with_name(name))
 
     def save(self):
-        self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write_file(self.folder / "checkpoint.pt", partial(torch.save, self.state))
+        write_checkpoint(self.folder / "checkpoint.pt", self.state, self.learners)
         lines = "".join(f"{step},{name},{value:.6g}\n" for step, name, value in self.state["log"])
         write_file(self.folder / "metrics.csv", f"step,name,value\n{lines}")
 
     def restore(self):
-        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.parts)
+        begun = read_checkpoint(self.folder / "checkpoint.pt", Run.NEW, self.args.device, self.learners)
         if self.args.eval_only is None and begun["data"] != self.state["data"]:
             raise UserError(f"the run in {self.folder} has begun on other data than these.")
         self.state = begun | {"args": vars(self.args)}
@@ -412,7 +412,7 @@ class Run:
             rng.set_rng_state(self.state["rng"][stream].cpu())
         else:
             torch.manual_seed(self.args.seed + start)
-        # Seconds of the updates alone, a core's (on a GPU the clock's), and without the first one, which compiles.
+        # Seconds of all updates but the first, which compiles: the process's CPU time (on a GPU the clock's).
         clock = time.perf_counter if self.args.device == "cuda" else time.process_time
         seconds, began = self.state["seconds"].get(phase, 0.0), None
         if self.state["due"] == phase:  # --resume begins with the evaluation that came next
@@ -459,7 +459,7 @@ def report(run, agents, vqvae, task, episodes):
     """Evaluates each agent over `episodes` episodes and prints the table; returns what result.json says."""
     envs = make_eval_envs(task.env.spec, episodes)
     result = {"provenance": task.provenance, "data_score": task.data_score, "episodes": episodes}
-    print(f"\n{'':12}{'score':>8}{'last 5 evaluations':>22}{'return':>20}")
+    print(f"\n{'':12}{'score':>8}{'last 5 in training':>22}{'return':>20}")
     for name, agent in agents.items():
         returns = evaluate(agent, vqvae, envs, episodes)
         score, mean, std = task.score(returns.mean()), returns.mean(), returns.std()

@@ -54,7 +54,7 @@ def best_rewards(arrays, ends):
     """Adds what an episode that ends in each of `ends` (N,) would return in an environment that pays for a task once,
     where the dataset pays in every step in which it is done."""
     first = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
-    return arrays | {"returns": np.maximum.reduceat(arrays["rewards"], first)}
+    return arrays | {"episode_returns": np.maximum.reduceat(arrays["rewards"], first)}
 
 
 def file_name(url):

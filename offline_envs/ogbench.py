@@ -88,8 +88,8 @@ class OGBench(OfflineEnv):
         relabel_dataset(self.env_id, self, data)
         ends, solved = data["terminals"] > 0, data["masks"] == 0
         arrays = {key: data[key] for key in ("observations", "actions", "next_observations", "rewards")}
-        returns = best_rewards({"rewards": solved.astype(np.float32)}, ends)["returns"]
-        return arrays | {"terminals": solved, "timeouts": ends, "returns": returns}
+        returns = best_rewards({"rewards": solved.astype(np.float32)}, ends)["episode_returns"]
+        return arrays | {"terminals": solved, "timeouts": ends, "episode_returns": returns}
 
 
 def check(path, env):

@@ -96,7 +96,7 @@ def test_brac_twin_follows_the_model_of_the_data_at_first():
         brac.update(batch)
         pairs = zip(brac.actor.parameters(), brac.behaviour.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == (step <= 2)
-    assert brac.actor_optimizer.initial_lr == pytest.approx(0.1 * brac.qf_optimizer.initial_lr)
+    assert brac.actor_optimizer.defaults["initial_lr"] == pytest.approx(0.1 * brac.qf_optimizer.defaults["initial_lr"])
 
 
 def test_a_warm_up_that_is_over_stays_over():

@@ -247,11 +247,13 @@ def test_a_checkpoint_of_another_script(finished):
     one_sentence(run_forked("--resume", finished, script="saq_iql.py"))
 
 
-@pytest.mark.parametrize("flag", [("num_codes", 7), ("lr", 0.1), ("vq_steps", 40), ("compare", True), ("out", "x")])
+@pytest.mark.parametrize(
+    "flag", [("num_codes", 7), ("lr", 0.1), ("vq_steps", 40), ("compare", True), ("out", "x"), ("act", "mean")]
+)
 def test_what_a_resumed_run_may_not_change(flag):
     begun = vars(Args(compare=False))
     moved = dict(dataset_path="elsewhere.npz", device="cuda", compile="on", track=True, eval_every=7, video=1)
-    check_unchanged(begun | moved | dict(steps=80_000, resume="r", act="sample"), begun, FREE_TO_RESUME)
+    check_unchanged(begun | moved | dict(steps=80_000, resume="r"), begun, FREE_TO_RESUME)
     with pytest.raises(UserError, match=f"has begun with {flag[0]} .*: leave {flag[0]} out"):
         check_unchanged(begun | dict([flag]), begun, FREE_TO_RESUME)
 
@@ -280,6 +282,11 @@ def test_brac_without_an_actor_needs_an_alpha():
     saq_brac.DiscreteBRAC(3, vqvae, saq_brac.Args(alpha=0.0))
     with pytest.raises(UserError, match="without an actor the policy is divided by alpha"):
         saq_brac.DiscreteBRAC(3, vqvae, saq_brac.Args(alpha=0.0, actor_free=True))
+
+
+def test_brac_without_a_penalty_of_the_value_has_no_form_of_it():
+    with pytest.raises(UserError, match="literal is a form of the value's penalty, and no value_penalty leaves"):
+        saq_brac.DiscreteBRAC(3, ActionVQVAE(3, 1, 4), saq_brac.Args(literal=True, value_penalty=False))
 
 
 def test_a_number_out_of_range_ends_the_script():

@@ -1,14 +1,17 @@
 """The code as something to copy: an agent, a quantizer, two files, in somebody else's program."""
 
 import ast
+import copy
 import dataclasses
 import inspect
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, dataset, one_sentence, only_run, run_forked, run_script, succeeded, write
@@ -18,7 +21,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import ActionVQVAE, UserError, load_task
+from vqvae import ActionVQVAE, UserError, decay_lr, load_task, make_transitions, prepare
 
 SCRIPTS = [saq_cql, saq_iql, saq_brac, saq_bc]
 SHORT = ["--vq-steps", 6, "--steps", 6, "--eval-every", 3, "--eval-episodes", 1, "--final-episodes", 1]
@@ -60,6 +63,49 @@ def test_a_saved_agent_decodes_as_before(name, tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
     assert torch.equal(fresh.act(obs), agent.act(obs))
     assert torch.equal(fresh.vqvae.normalize(obs), agent.vqvae.normalize(obs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copy_of_an_agent_learns_on_as_the_agent(name, clone):
+    """Its learning rates and those of its quantizer fall as they did, too."""
+    agent, batch = agents()[name], random_batch()
+    agent.update(batch)
+    both = [agent, clone(agent)]
+    for one in both:
+        optimizers = [part for part in vars(one).values() if isinstance(part, torch.optim.Optimizer)]
+        optimizers += [one.vqvae.optimizer] if hasattr(one, "vqvae") else []
+        for optimizer in optimizers:
+            decay_lr(optimizer, 3, 10)
+        torch.manual_seed(0)
+        one.update(batch)
+        if hasattr(one, "vqvae"):
+            one.vqvae.update(batch.obs, batch.actions)
+    ours, theirs = (one.state_dict() for one in both)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_codes_that_were_forgotten_are_an_error():
+    """Training on transitions whose actions no quantizer has encoded."""
+    arrays = dict(
+        observations=np.zeros((9, 3)), actions=np.zeros((9, 2)), rewards=np.zeros(9), terminals=np.arange(9) == 8
+    )
+    data, _ = make_transitions(arrays, None, torch.device("cpu"))
+    for name in DISCRETE:
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            agents()[name].update(data.sample(4))
+
+
+def test_how_a_policy_acts_is_no_guess():
+    vqvae = ActionVQVAE(3, 2, 8, hidden=(8,))
+    with pytest.raises(ValueError, match="'Mean'"):
+        vqvae.act(torch.zeros(1, 3), torch.zeros(1, 8), "Mean")
+
+
+def test_preparing_leaves_the_random_numbers_alone():
+    before = torch.get_rng_state()
+    prepare("cpu", "float32")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_encoding_builds_no_graph():

@@ -82,7 +82,7 @@ def test_columns_of_one_number_and_of_unequal_lengths(tmp_path):
     arrays = dataset(obs_dim=60, action_dim=9)
     columns = arrays | {key: arrays[key][:, None] for key in ("rewards", "terminals", "timeouts")}
     for key, array in load_arrays(write(tmp_path / "k.hdf5", columns), env).items():
-        assert key == "returns" or np.array_equal(array, arrays[key])
+        assert key == "episode_returns" or np.array_equal(array, arrays[key])
     for several in ({key: arrays[key][:, None].repeat(3, 1)} for key in ("rewards", "terminals", "timeouts")):
         with pytest.raises(UserError, match=r"have shape \(400, 3\), not one number a row"):
             load_arrays(write(tmp_path / "s.hdf5", arrays | several), env)

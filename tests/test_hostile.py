@@ -142,6 +142,7 @@ FOREIGN = {
     "unknown arguments": lambda state: state["args"].update(colour="red"),
     "no parts": lambda state: state.update(parts={}),
     "NaN weights": nan_weights,
+    "NaN moments": lambda state: state["parts"]["cql.qf_optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
 }
 
 
@@ -160,6 +161,23 @@ def test_flipped_bytes_in_a_checkpoint_are_found(run):
     content[middle : middle + 400] = bytes(byte ^ 1 for byte in content[middle : middle + 400])
     (run / "checkpoint.pt").write_bytes(content)
     assert "is damaged" in one_sentence(run_forked("--resume", run))
+
+
+def test_numbers_that_are_not_finite_do_not_reach_a_checkpoint(tmp_path):
+    """Training may diverge between two log entries, and a signal come then: what was written before stays."""
+    path, net = tmp_path / "checkpoint.pt", torch.nn.Linear(2, 1)
+    net.optimizer = vqvae.adamw(net.parameters(), 1e-3)
+    vqvae.minimize(net(torch.ones(1, 2)).sum(), {}, net.optimizer)
+    vqvae.write_checkpoint(path, {}, {"net": net})
+    before = path.read_bytes()
+    for tensor in (net.weight, net.optimizer.state[net.bias]["exp_avg_sq"]):
+        kept = tensor.detach().clone()
+        tensor.detach().fill_(math.inf)
+        with pytest.raises(UserError, match=r"net(\.optimizer)? holds numbers that are not finite: .* is from before"):
+            vqvae.write_checkpoint(path, {}, {"net": net})
+        tensor.detach().copy_(kept)
+    assert path.read_bytes() == before
+    vqvae.write_checkpoint(path, {}, {"net": net})
 
 
 # --- Going on ---
@@ -227,7 +245,9 @@ def test_a_run_goes_on_another_device_and_where_its_data_have_moved(run, straigh
     succeeded(run_forked("--resume", run, "--device", "cpu", "--dataset-path", moved))
     assert_same_run(run, straight)
     other = write(tmp_path / "other.npz", dataset(n=60, episode=5, seed=1))
-    assert "has begun on other data than these" in one_sentence(run_forked("--resume", run, "--dataset-path", other))
+    paid = write(tmp_path / "paid.npz", {**np.load(data), "rewards": np.zeros(60)})  # the same but for the rewards
+    for file in (other, paid):
+        assert "has begun on other data than these" in one_sentence(run_forked("--resume", run, "--dataset-path", file))
 
 
 def test_six_runs_at_once(tiny, tmp_path):

@@ -11,7 +11,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import QUANTIZERS, Aquadem, Mixture, fit
+from vqvae import QUANTIZERS, Aquadem, Mixture, fit, plot_codes
 
 
 @pytest.mark.parametrize("num_codes", [1, 2, 7])
@@ -89,6 +89,12 @@ def test_codes_decode_to_their_candidates():
         assert torch.equal(mixture.decode(obs, torch.full((10,), k)), u[:, k])
     hidden = Mixture(3, 2, 5, action_only=True)
     assert torch.equal(hidden.candidates(obs)[:1].expand(10, -1, -1), hidden.candidates(obs))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_one_code_has_a_picture(kind):
+    figure = plot_codes(QUANTIZERS[kind](3, 2, 1), torch.randn(9, 3), torch.rand(9, 2))
+    assert len(figure.axes) == 6
 
 
 def test_aquadem_is_a_mixture_with_a_fixed_sigma_and_a_uniform_prior():

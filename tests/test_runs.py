@@ -52,9 +52,10 @@ def finished(finish):
 
 def test_a_run_writes_its_files(finished):
     folder, process = finished
-    names = {"args.json", "metrics.csv", "checkpoint.pt", "codes.png", "comparison.png", "result.json", "saq_cql.py"}
+    CODE = {"saq_cql.py", "vqvae.py"}
+    names = {"args.json", "metrics.csv", "checkpoint.pt", "codes.png", "comparison.png", "result.json", *CODE}
     assert {file.name for file in folder.iterdir()} == names | {".lock"}
-    assert (folder / "saq_cql.py").read_text() == (ROOT / "saq_cql.py").read_text()
+    assert all((folder / name).read_text() == (ROOT / name).read_text() for name in CODE)
     about = json.loads((folder / "args.json").read_text())
     assert about["args"]["steps"] == 60
     assert about["versions"]["torch"] == torch.__version__

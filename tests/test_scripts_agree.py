@@ -44,7 +44,7 @@ def test_shared_definitions_are_the_same(one, other):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shared_arguments_are_the_same(script):
     """Name, type, default and help of every argument up to the algorithm's own, which come last."""
-    head = "    # --- Both agents ---"
+    head = "    # --- Every agent ---"
 
     def block(file):
         lines = (ROOT / file).read_text().splitlines()

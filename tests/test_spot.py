@@ -140,7 +140,7 @@ def test_the_bound_is_the_authors(monkeypatch):
     same_gradients(ours.mean(), expected.mean(), model)
     gradients = [torch.autograd.grad(loss.sum(), actions)[0] for loss in (ours, expected)]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)  # both ways: through the encoder and the error
-    assert model.optimizer.initial_lr == 1e-3
+    assert model.optimizer.defaults["initial_lr"] == 1e-3
 
 
 def test_critics_by_hand(monkeypatch):
