@@ -1086,7 +1086,7 @@ class Memory:
     ask."""
 
     def __init__(self, data, room):
-        self.old, self.room = len(data.obs), room
+        self.old, self.room = len(data.obs) if room else 0, room  # without room nobody learns from it
         self.columns = Transitions(*(column.new_zeros(self.old + room, *column.shape[1:]) for column in data))
         self.obs = self.columns.obs
         self.count = torch.tensor(self.old, device=data.obs.device)  # rows in use

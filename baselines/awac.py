@@ -5,8 +5,8 @@ The best policy that stays near the dataset's own, p, at a price of lambda for e
     pi(a | s)  ~  p(a | s) exp(A(s, a) / lambda),     A = Q - V
 
 Over continuous actions AWAC (Nair et al., 2020, arXiv:2006.09359) comes near it by a regression onto the dataset's
-actions, weighted by exp(A / lambda), without its normaliser (so that states weigh as much as their advantages
-do), with one sampled action for V and for the critics' target. Over the K codes of a quantizer all of it is a sum:
+actions, weighted by exp(A / lambda), without its normaliser (so that states with large advantages count
+more), with one sampled action for V and for the critics' target. Over the K codes of a quantizer all of it is a sum:
 
     pi(k | s) = softmax(log p(k | s) + Q(s, k) / lambda)           target: r + gamma sum_k pi(k | s') Q(s', k)
 
@@ -93,15 +93,17 @@ class Args:
     polyak: float = 0.005  # rate at which target networks follow
 
 
-# Fields by the first letters of a task's name; a flag wins. Lambda is CORL's for adroit and mazes (0.1), and ours
-# for locomotion, where the authors have 2, and for the demonstrations.
+# Fields by the first letters of a task's name; a flag wins. Lambda is CORL's for adroit and mazes, 0.1, whose weights
+# are clipped at 100 (the authors', of a softmax as here, for adroit: 0.5), and ours for locomotion, where the authors
+# have 2, and for the demonstrations.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
     "hopper- halfcheetah- walker2d- ant-": dict(temperature=10.0, act="mean", support=0.2),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(temperature=10.0, act="mean", support=0.0),
     "pen- door- hammer- relocate-": dict(temperature=0.1, act="sample"),  # docs/vqvae.md, "Acting"
-    "maze2d- antmaze-": dict(temperature=0.1),
+    "maze2d-": dict(temperature=0.1),
+    "antmaze-": dict(temperature=0.1, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
@@ -165,23 +167,27 @@ class DiscreteAWAC(nn.Module):
 
 
 class Actor(nn.Module):
-    """A Gaussian policy with its mean in [-1, 1] and one standard deviation for all states, as in the official code."""
+    """A Gaussian policy with its mean in [-1, 1] and one standard deviation for all states. Its logarithm lies in
+    [-6, 0] and begins at -3, as in the official code."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
         self.net = mlp(obs_dim, action_dim, hidden=(256, 256))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.logit = nn.Parameter(torch.zeros(action_dim))
+
+    def log_std(self):
+        return 6 * self.logit.sigmoid() - 6
 
     def log_prob(self, obs, actions):
         """Log density (B,) of actions (B, A) in obs (B, O)."""
-        log_std = self.log_std.clamp(-6, 0)
+        log_std = self.log_std()
         z = (actions - self.mode(obs)) / log_std.exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
 
     def sample(self, obs):
         """One action in each state (B, A)."""
         mean = self.mode(obs)
-        return (mean + self.log_std.clamp(-6, 0).exp() * torch.randn_like(mean)).clamp(-1, 1)
+        return (mean + self.log_std().exp() * torch.randn_like(mean)).clamp(-1, 1)
 
     def mode(self, obs):
         return self.net(obs).tanh()

@@ -7,8 +7,8 @@ those of the dataset's policy p. Near means: the maximum mean discrepancy of a k
 
 Over continuous actions that takes a generative model of p and four draws of each, and a draw's distance from itself, 0,
 is counted among the distances: even where pi = p the estimate is (2 / n) (1 - E k(b, b')), which at the published
-bandwidth exceeds epsilon^2. Over the K codes of a quantizer MMD^2 is a quadratic form, with u_k what code k decodes to
-in this state:
+bandwidth exceeds epsilon^2 as soon as actions vary. Over the K codes of a quantizer MMD^2 is a quadratic form, with u_k
+what code k decodes to in this state:
 
     MMD^2 = (pi - p)' M (pi - p),     M_jk = exp(-||u_j - u_k||^2 / (2 sigma))
 
@@ -93,17 +93,19 @@ class Args:
     sigma: float = 20.0  # bandwidth of the kernel, not squared in it (as the authors')
     warm_up: float = 0.04  # share of the steps in which the policy only comes near the data (the authors: 40_000)
     polyak: float = 0.005  # rate at which target networks follow
+    samples: int = 4  # draws of either policy that estimate the discrepancy; over codes, in the figure alone
     # --- Continuous BEAR ---
-    samples: int = 4  # actions of the policy and of the model that estimate the discrepancy
     backup_samples: int = 10  # actions of the policy among which the target takes the best
 
 
-# Fields by the first letters of a task's name; a flag wins. Epsilon and sigma are the authors'.
+# Fields by the first letters of a task's name; a flag wins. Epsilon and sigma are the authors' for locomotion.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": MAZE,
-    "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
-    "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(act="mean", support=0.0),
+    "hopper- halfcheetah-": dict(act="mean", support=0.2),
+    "hopper-medium-v halfcheetah-medium-v": dict(act="mean", support=0.0),
+    "walker2d- ant-": dict(act="mean", support=0.2, sigma=50.0),
+    "walker2d-medium-v": dict(act="mean", support=0.0, sigma=50.0),
     "pen- door- hammer- relocate-": dict(act="sample"),  # docs/vqvae.md, "Acting"
     "antmaze-": dict(reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
@@ -148,7 +150,7 @@ class Price(nn.Module):
         return ((mmd.clamp(min=0) + 1e-6).sqrt() - self.args.epsilon).mean()
 
     def update(self, excess):
-        """A step up or down, by how far the constraint is violated; within the authors' bounds."""
+        """A step of Adam, up while the constraint is violated, down while it is not; within the authors' bounds."""
         loss = -self.log_alpha * excess.detach()
         minimize(loss, {}, self.optimizer)
         with torch.no_grad():
@@ -163,7 +165,7 @@ class DiscreteBEAR(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, steps, discount, epsilon, sigma, warm_up, polyak, act, support."""
+    Read of `args`: lr, steps, discount, epsilon, sigma, warm_up, polyak, samples, act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
@@ -220,10 +222,10 @@ class DiscreteBEAR(nn.Module):
 
     @torch.no_grad()
     def diagnose(self, batch):
-        """The root of MMD^2, exact, and what four draws of the same two policies say of it."""
+        """The root of MMD^2, exact, and what a few draws of the same two policies say of it."""
         actions = self.vqvae.candidates(batch.obs)
         policies = self.actor(batch.obs).softmax(1), self.vqvae.prior_logits(batch.obs).softmax(1)
-        draws = [actions.take_along_dim(policy.multinomial(4, True)[..., None], 1) for policy in policies]
+        draws = [actions.take_along_dim(p.multinomial(self.args.samples, True)[..., None], 1) for p in policies]
         roots = self.mmd(batch.obs), sampled_mmd(*draws, self.args.sigma)
         exact, sampled = ((mmd.clamp(min=0) + 1e-6).sqrt().mean() for mmd in roots)
         return {"mmd_exact": exact, "mmd_sampled": sampled}
@@ -274,7 +276,7 @@ class CVAE(nn.Module):
 
 
 class ContinuousBEAR(nn.Module):
-    """BEAR with twin critics, a CVAE as the model of the dataset, and the MMD of four draws before tanh.
+    """BEAR with twin critics, a CVAE as the model of the dataset, and the MMD of a few draws before tanh.
 
     Its protocol is DiscreteBEAR's. Read of `args`: lr, steps, discount, epsilon, sigma, warm_up, polyak, samples,
     backup_samples."""

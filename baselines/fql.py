@@ -82,7 +82,7 @@ class Args:
     reward_shift: float = 0.0  # added after that; scores do not change
     polyak: float = 0.005  # rate at which target networks follow
     width: int = 256  # of hidden layers (the authors: 512)
-    layers: int = 2  # hidden layers of every network (the authors: 4; a step then takes ten times as long)
+    layers: int = 2  # hidden layers of every network (the authors: 4; a step of 4x512 takes ten times as long)
     flow_steps: int = 10  # Euler steps from noise to an action
     # --- FQL ---
     alpha: float = 3.0  # weight of the distance from the flow, averaged over the action's dimensions
@@ -119,7 +119,8 @@ HPARAMS = {
 
 
 def network(in_dim, out_dim, args, layer_norm=False):
-    """args.layers hidden layers of args.width with GELU, followed by LayerNorm if asked for."""
+    """args.layers hidden layers of args.width with GELU, followed by LayerNorm if asked for; initialised by PyTorch's
+    defaults (the authors: Xavier's uniform weights, biases of 0)."""
     modules = []
     for fan_in in [in_dim, *[args.width] * (args.layers - 1)]:
         layer = Linear(fan_in, args.width)
@@ -210,15 +211,16 @@ class FQL(nn.Module):
         q = self.qf(batch.obs, actions.clamp(-1, 1)).mean(0)
         size = q.abs().mean().detach() if self.args.normalize_q else 1.0
         loss = flow_loss + self.args.alpha * distance - q.mean() / size
-        return loss, {"flow_loss": flow_loss, "distance": distance}
+        return loss, {"flow_loss": flow_loss}
 
     def update(self, batch):
         """A gradient step of all networks, from what they were before; the targets follow. Returns what to log."""
         qf_loss, info = self.qf_loss(batch)
         actor_loss, more = self.actor_loss(batch)
         polyak_update(self.qf_target, self.qf, self.args.polyak)  # toward the critics of before the step, as theirs
-        info = minimize(qf_loss, info, self.qf_optimizer)
-        return info | minimize(actor_loss, more, self.optimizer)
+        # The policy first: its gradient passes through the critics, and fused Adam changes weights unseen by autograd.
+        more = minimize(actor_loss, more, self.optimizer)
+        return minimize(qf_loss, info, self.qf_optimizer) | more
 
     @torch.no_grad()
     def act(self, obs):
@@ -268,13 +270,12 @@ class IFQL(nn.Module):
         return qf_loss, {"qf_loss": qf_loss, "q_data": q.mean()}
 
     def update(self, batch):
-        """A gradient step of V, of Q toward V, and of the flow; then the targets follow. Returns what to log."""
-        info = minimize(*self.v_loss(batch), self.vf_optimizer)
-        info |= minimize(*self.qf_loss(batch), self.qf_optimizer)
+        """A gradient step of V, Q and the flow, from what they were before; the targets follow. Returns what to log."""
         flow_loss = self.flow.loss(batch.obs, batch.actions)
-        info |= minimize(flow_loss, {"flow_loss": flow_loss}, self.flow_optimizer)
-        polyak_update(self.qf_target, self.qf, self.args.polyak)
-        return info
+        info = minimize(flow_loss, {"flow_loss": flow_loss}, self.flow_optimizer)
+        v_loss, qf_loss = self.v_loss(batch), self.qf_loss(batch)
+        polyak_update(self.qf_target, self.qf, self.args.polyak)  # toward the critics of before the step, as theirs
+        return minimize(*v_loss, self.vf_optimizer) | minimize(*qf_loss, self.qf_optimizer) | info
 
     @torch.no_grad()
     def act(self, obs):
@@ -299,7 +300,7 @@ def make_agents(obs_dim, action_dim, args):
 
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
-SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
+SCRIPT, OWN_STEPS = Path(__file__).stem, set()  # and the phases with a number of steps of their own
 PLAIN = dict(decay=False, normalize_obs=False, width=512, layers=4)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}

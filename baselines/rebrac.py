@@ -84,7 +84,7 @@ class Args:
     actor_beta: float = 0.01  # beta_1: weight of the distance in the policy, summed over the action's dimensions
     critic_beta: float = 0.01  # beta_2: its weight in the target
     layer_norm: bool = True  # LayerNorm after the hidden layers of the critics
-    layers: int = 3  # hidden layers of 256 in every network
+    layers: int = 3  # hidden layers of 256 in every network of ReBRAC
     # --- TD3+BC ---
     alpha: float = 2.5  # weight of Q beside the mean squared distance: beta_1 is 1 / (alpha A)
 
@@ -95,19 +95,22 @@ ANTMAZE = dict(discount=0.999, reward_scale=100.0, eval_episodes=100)
 # Fields by the first letters of a task's name; a flag wins. Betas are the authors', and ours for the demonstrations.
 HPARAMS = {
     "maze2d-large-demos-": dict(actor_beta=0.3, critic_beta=0.0, steps=10_000, eval_every=500),
+    "hopper-random-": dict(actor_beta=0.001, critic_beta=0.01),
     "hopper-medium-": dict(actor_beta=0.01, critic_beta=0.01),
     "hopper-medium-replay-": dict(actor_beta=0.05, critic_beta=0.5),
     "hopper-medium-expert-": dict(actor_beta=0.1, critic_beta=0.01),
     "hopper-expert-": dict(actor_beta=0.1, critic_beta=0.1),
+    "halfcheetah-random- halfcheetah-full-replay-": dict(actor_beta=0.001, critic_beta=0.1),
     "halfcheetah-medium-": dict(actor_beta=0.001, critic_beta=0.01),
     "halfcheetah-medium-replay-": dict(actor_beta=0.01, critic_beta=0.001),
     "halfcheetah-medium-expert-": dict(actor_beta=0.01, critic_beta=0.1),
     "halfcheetah-expert-": dict(actor_beta=0.01, critic_beta=0.01),
+    "walker2d-random-": dict(actor_beta=0.01, critic_beta=0.0),
     "walker2d-medium-": dict(actor_beta=0.05, critic_beta=0.1),
     "walker2d-medium-replay-": dict(actor_beta=0.05, critic_beta=0.01),
     "walker2d-medium-expert-": dict(actor_beta=0.01, critic_beta=0.01),
     "walker2d-expert-": dict(actor_beta=0.01, critic_beta=0.5),
-    "maze2d-": dict(actor_beta=0.003, critic_beta=0.001),
+    "maze2d-": dict(actor_beta=0.003, critic_beta=0.001, eval_episodes=100),
     "antmaze-umaze-": dict(ANTMAZE, actor_beta=0.003, critic_beta=0.002),
     "antmaze-umaze-diverse-": dict(ANTMAZE, actor_beta=0.003, critic_beta=0.001),
     "antmaze-medium-play-": dict(ANTMAZE, actor_beta=0.001, critic_beta=0.0005),
@@ -123,7 +126,7 @@ HPARAMS = {
     "hammer-human-": dict(actor_beta=0.01, critic_beta=0.5),
     "hammer-cloned-": dict(actor_beta=0.1, critic_beta=0.5),
     "relocate-human- relocate-cloned-": dict(actor_beta=0.1, critic_beta=0.01),
-    "ogbench:": dict(eval_episodes=50),
+    "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
 }
 
 
@@ -218,7 +221,7 @@ class ReBRAC(nn.Module):
         q = q.amin(0) if self.pessimistic else q[0]
         distance = (actions - batch.actions).square().sum(1)
         actor_loss = (self.beta_1 * distance - q / q.abs().mean().detach()).mean()
-        return actor_loss, {"actor_loss": actor_loss, "distance": distance.mean()}
+        return actor_loss, {"actor_loss": actor_loss}
 
     def update(self, batch):
         """A gradient step of the critics, in every second update one of the policy, after which all targets follow.
@@ -229,7 +232,7 @@ class ReBRAC(nn.Module):
         # Fused Adam leaves out a step where found_inf is 1, its switch for overflow in mixed precision: a branch in
         # Python could not be a part of a CUDA graph.
         self.actor_optimizer.found_inf = 1 - delayed
-        polyak_update(self.actor_target, self.actor, self.args.polyak * delayed)  # the policy of before, as theirs
+        polyak_update(self.actor_target, self.actor, self.args.polyak * delayed)  # the policy of before, as ReBRAC's
         info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
         polyak_update(self.qf_target, self.qf, self.args.polyak * delayed)
         return info
@@ -263,7 +266,7 @@ def make_agents(obs_dim, action_dim, args):
 
 # --- One run: arguments, evaluation, logging, checkpoints. The method ends above. ---
 
-SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
+SCRIPT, OWN_STEPS = Path(__file__).stem, set()  # and the phases with a number of steps of their own
 PLAIN = dict(decay=False, normalize_obs=False, lr=1e-3, batch_size=1_024)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}

@@ -82,7 +82,7 @@ class Args:
     # --- Every agent ---
     steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
-    lr: float = 3e-4  # learning rate of every network
+    lr: float = 3e-4  # learning rate of every network but the density model's, 1e-3
     decay: bool = True  # let the learning rates of agents fall to 0 along a cosine
     discount: float = 0.99  # gamma
     reward_scale: float = 1.0  # multiplies rewards in training; 0: 1000 / (highest - lowest return), as IQL does
@@ -103,7 +103,8 @@ class Args:
 
 
 # Fields by the first letters of a task's name; a flag wins. The weights of the density are the authors' for locomotion
-# and antmaze, CORL's for adroit; those of codes, and all of the demonstrations, whose score is 186.2, are ours.
+# and antmaze, CORL's (for cloned data) for adroit; those of codes, and all of the demonstrations, whose score is 186.2,
+# are ours.
 MAZE = dict(num_codes=4, vq_steps=15_000, vae_steps=10_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, code_weight=0.3, density_weight=1.0, reference=186.2),
@@ -591,6 +592,8 @@ def main():
     run = Run(args, {"quantizer": vqvae, **density, **agents, **twins, **memories}, checksum, begun)
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
+    if twins.keys() & done.keys() and done["saq_spot"] != args.steps and args.eval_only is None:
+        raise UserError("the online phase has begun where the offline one ended: leave steps out.")
     if args.eval_only is not None:
         trained = {name: agent for name, agent in (agents | twins).items() if name in done}
         if not (trained and task.env):
@@ -610,8 +613,7 @@ def main():
     # 2. Replace every action by its code, once: the quantizer stays as it is from here on. Fit the twin's model.
     data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
     for name, vae in density.items():
-        updates = learn(vae, data, replace(args, steps=args.vae_steps), done.get(name, 0))
-        run.train(name, updates, args.vae_steps, dict)
+        run.train(name, learn(vae, data, replace(args, steps=args.vae_steps), done.get(name, 0)), args.vae_steps, dict)
 
     # 3. Learn over the K codes; then the continuous twin, from the same data with the same evaluation. Then go online.
     for name, agent in agents.items():

@@ -78,7 +78,7 @@ def test_batch_weights_are_exponentials_over_their_mean():
     )
     weight = (adv / 0.4).exp()
     weight = weight / weight.mean()
-    mean, std = awac.actor.mode(batch.obs), awac.actor.log_std.exp()
+    mean, std = awac.actor.mode(batch.obs), (6 / (1 + (-awac.actor.logit).exp()) - 6).exp()
     log_prob = -0.5 * (((batch.actions - mean) / std) ** 2 + 2 * std.log() + math.log(2 * math.pi)).sum(1)
     expected = -(weight * log_prob).mean()
     loss = awac.actor_loss(batch, adv)[0]

@@ -153,7 +153,9 @@ def test_agents_in_a_loop_of_ones_own(script, name):
     actions = agent.act(obs)
     assert actions.shape == (32, 2)
     assert actions.abs().max() <= 1
-    assert not any(value.requires_grad for value in agent.diagnose(batch).values())
+    found = agent.diagnose(batch)
+    assert not any(value.requires_grad for value in found.values())
+    assert info.keys().isdisjoint(found)  # in metrics.csv one name is one number
     source = inspect.getsource(type(agent))
     if script == "fql":  # its networks and its flow read them
         source += inspect.getsource(fql.network) + inspect.getsource(fql.Flow)

@@ -47,7 +47,9 @@ DISCRETE = [name for name in NAMES if name.startswith("saq_")]
 def test_acting_builds_no_graph(name):
     agent = agents()[name]
     agent.act(torch.randn(4, 3)).numpy()
-    assert not any(value.requires_grad for value in agent.diagnose(random_batch()).values())
+    found = agent.diagnose(random_batch())
+    assert not any(value.requires_grad for value in found.values())
+    assert agent.update(random_batch()).keys().isdisjoint(found)  # in metrics.csv one name is one number
 
 
 @pytest.mark.parametrize("name", DISCRETE)

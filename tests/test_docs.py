@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, dataset, write
+from test_scripts_agree import BASELINES, SCRIPTS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -56,16 +57,18 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src="([^":]+)"', text)
     for link in links:
         assert (page.parent / link).exists(), link
-    for name, file in re.findall(r"\[`([\w.]+)`\]\(\.\./(\w+\.py)\)", text):  # a function or a class, and its file
+    names = re.findall(r"\[`([\w.]+)`\]\(\.\./((?:baselines/)?\w+\.py)\)", text)  # a function or a class, and its file
+    for name, file in names:
         assert re.search(rf"(def |class |\n){name.split('.')[-1]}\b", (ROOT / file).read_text()), name
 
 
-@pytest.mark.parametrize("script", ["saq_cql", "saq_iql", "saq_brac", "saq_bc"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *BASELINES])
 def test_every_logged_number_is_explained(script):
     """Every key that a script's losses and diagnoses hold stands in its page."""
-    code, page = (ROOT / f"{script}.py").read_text(), (ROOT / "docs" / f"{script}.md").read_text()
-    agents = code[code.index("class Discrete") : code.index("# --- One run")]
-    keys = set(re.findall(r'"(\w+)": [\w.()]', agents)) - {script, script.removeprefix("saq_"), "gaussian_bc"}
+    page = "baselines" if script in BASELINES else script.removesuffix(".py")
+    code, page = (ROOT / script).read_text(), (ROOT / "docs" / f"{page}.md").read_text()
+    agents = code[code.index("(nn.Module)") : code.index("def make_agents")]
+    keys = set(re.findall(r'"(\w+)": [\w.()]', agents)) - {"scores", "reference"}  # of result.json
     assert keys
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
 

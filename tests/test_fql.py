@@ -91,6 +91,28 @@ def test_targets_follow_the_critics_of_before_the_step():
             assert not torch.equal(parameter, dict(before.named_parameters())[name]), name
 
 
+@pytest.mark.parametrize("name", ["fql", "ifql"])
+def test_every_gradient_is_of_networks_before_the_step(name):
+    """At a learning rate at which it matters: fused Adam changes weights that a graph still needs, and says nothing."""
+    agent, batch = make_agents(3, 2, arguments(lr=0.1))[name], random_terminals()
+    torch.manual_seed(0)
+    if name == "fql":
+        losses = [(agent.qf_loss(batch)[0], agent.qf), (agent.actor_loss(batch)[0], agent.actor)]
+    else:
+        losses = [(agent.flow.loss(batch.obs, batch.actions), agent.flow), (agent.v_loss(batch)[0], agent.vf)]
+        losses += [(agent.qf_loss(batch)[0], agent.qf)]
+    expected = {}
+    for loss, network in losses:
+        parameters = list(network.parameters())
+        expected |= zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True)
+    torch.manual_seed(0)
+    agent.update(batch)
+    states = [part.state for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
+    for parameter, gradient in expected.items():
+        (state,) = (state[parameter] for state in states if parameter in state)
+        torch.testing.assert_close(state["exp_avg"], 0.1 * gradient, atol=1e-7, rtol=1e-4)  # Adam's first average
+
+
 def test_a_constant_velocity_carries_noise_along_a_straight_line():
     flow = Flow(3, 2, arguments(flow_steps=7))
     flow.velocity = lambda obs, x, t: torch.tensor([0.4, -3.0]).expand(len(obs), 2)

@@ -89,7 +89,6 @@ def test_the_hard_support():
     assert torch.equal(spot.scores(obs).isfinite(), (p > 0.1) | (p == p.amax(1, keepdim=True)))
     spot.caution.fill_(0.2)  # online, codes come back
     assert torch.equal(spot.scores(obs).isfinite(), (p > 0.02) | (p == p.amax(1, keepdim=True)))
-    spot.scores = lambda obs, scores=spot.scores: scores(obs).where(p > 0.02, torch.tensor(-math.inf))
     actions, codes = spot.explore(obs)
     assert (p[range(64), codes] > 0.02).all()
 
@@ -463,6 +462,8 @@ def test_an_offline_run_goes_on_online_and_then_further(whole, tiny, tmp_path):
         assert ours[name]["returns"] == ours[agent]["returns"]
     line = one_sentence(run_forked("--resume", folder, "--online-steps", 9, script=SCRIPT, path=[ROOT]))
     assert "17 online steps are done" in line
+    line = one_sentence(run_forked("--resume", folder, "--steps", 20, script=SCRIPT, path=[ROOT]))
+    assert "the online phase has begun where the offline one ended: leave steps out" in line
 
 
 def test_evaluating_again_finds_all_four(whole):
