@@ -58,12 +58,27 @@ QUANTIZERS = ["vqvae", "mixture", "hard-mixture", "aquadem"]
 # Okabe and Ito's colours, which the colour-blind tell apart. Variants of a quantizer take those that a table leaves.
 BLUE, RED, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 CODES = dict(zip(QUANTIZERS, [BLUE, RED, ORANGE, GREEN], strict=True))
-TWINS = {"gaussian_bc": (PURPLE, "-."), "td3_bc": (PURPLE, "-."), "ifql": (PURPLE, "-."), "bc_gmm": ("grey", ":")}
+TWINS = {
+    "gaussian_bc": (PURPLE, "-."),
+    "td3_bc": (PURPLE, "-."),
+    "ifql": (PURPLE, "-."),
+    "bc_gmm": ("grey", (0, (6, 1))),
+}
 # What is exact over codes and estimated over actions. Figure: the quantity, whose name begins those of its series in
 # `curves`; the family that charges it; the title of a panel; what to know when reading it.
 EXACT = {
-    "figure2": ("penalty", "cql", "conservative penalty", "Logs of a sum and an integral: compare gaps, not levels."),
-    "kl": ("kl", "brac", "KL from the data's policy", "Of shares of codes, and of densities: compare courses."),
+    "figure2": (
+        "penalty",
+        "cql",
+        "conservative penalty",
+        "Logs of a sum and an integral (computed for actions of two dimensions): compare gaps, not levels.",
+    ),
+    "kl": (
+        "kl",
+        "brac",
+        "KL from the data's policy",
+        "Of shares of codes, from a prior with a floor (so it may lie below 0), and of densities: compare courses.",
+    ),
     "mmd": ("mmd", "bear", "root of MMD² from the data", "Over a few draws it is not 0 even between equal policies."),
 }
 SERIES = {"exact": ("-", "exact"), "100_draws": ("--", "from 100 draws"), "sampled": (":", "from samples")}
@@ -213,7 +228,8 @@ def normalise(score, run):
 
 def normalised_scores(runs, score):
     """{label: (seeds, tasks)} of agents that have all tasks, over the seeds that they have in all of them; none where
-    `score(run)` is None for one of theirs. Tasks whose score is a return have no 0 and 1, and are left out."""
+    `score(run)` is None for one of theirs, or where others have more seeds: what an interquartile mean leaves out
+    depends on how many there are. Tasks whose score is a return have no 0 and 1, and are left out."""
     runs = [run for run in runs if "The score is the return" not in run.provenance]
     tasks, matrices = list(dict.fromkeys(run.task for run in runs)), {}
     for label, own in by_label(runs).items():
@@ -222,7 +238,8 @@ def normalised_scores(runs, score):
         if seeds and None not in scores.values():
             known = {(run.seed, run.task): normalise(scores[run.seed, run.task], run) for run in own}
             matrices[label] = np.array([[known[seed, task] for task in tasks] for seed in seeds])
-    return matrices
+    most = max(map(len, matrices.values()), default=0)
+    return {label: matrix for label, matrix in matrices.items() if len(matrix) == most}
 
 
 def load_rliable():
@@ -235,8 +252,8 @@ def load_rliable():
 
 
 def interquartile_means(matrices, reps):
-    """{label: (mean of the middle half of all runs, low, high)} of {label: (seeds, tasks)}: the bounds hold 95% of
-    `reps` bootstrap samples, stratified, which draw seeds anew in each task. Bounds of one seed are NaN."""
+    """{label: (mean of the middle half of all runs, as rliable counts it, low, high)} of {label: (seeds, tasks)}: the
+    bounds hold 95% of `reps` bootstrap samples, stratified, which draw seeds anew in each task; of one seed, NaN."""
     library, metrics = load_rliable()
     found = {}
     for label, matrix in matrices.items():
@@ -267,22 +284,23 @@ def performance_profiles(matrices, taus, reps):
 def make_table(runs, score, reps):
     """Markdown: agents by tasks, mean over seeds ± standard error, and the interquartile mean over tasks. Bold: of the
     cells with a column's most seeds, the best and what lies within its standard error (its interval) of it.
-    `score(run)` may be None: a mean that lacks seeds would favour the fast ones, so its cell is empty."""
+    `score(run)` may be None: a mean that lacks seeds would favour the fast ones, so its cell is empty. Two of three
+    seeds are said, a single one has no error."""
     tasks = list(dict.fromkeys(run.task for run in runs))
-    columns = {task: {} for task in tasks}
+    columns, seeds = {task: {} for task in tasks}, len({run.seed for run in runs})
     for label, own in by_label(runs).items():
         for task in tasks:
             scores = [score(run) for run in own if run.task == task]
             if scores and None not in scores:
                 mean, error = mean_and_error(scores)
                 text = f"{mean:.1f}" + f" ± {error:.1f}" * (len(scores) > 1)
+                text += f" ({len(scores)})" * (1 < len(scores) < seeds)
                 columns[task][label] = len(scores), mean, mean - error, text
-    columns["IQM"], matrices, seeds = {}, normalised_scores(runs, score), len({run.seed for run in runs})
+    columns["IQM"], matrices = {}, normalised_scores(runs, score)
     for label, (mean, low, high) in interquartile_means(matrices, reps).items():
         interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
         fewer = f", {len(matrices[label])} of {seeds} seeds" * (len(matrices[label]) < seeds)
-        text = f"{mean:.2f}{interval}{fewer}"
-        columns["IQM"][label] = len(matrices[label]), mean, low if interval else mean, text
+        columns["IQM"][label] = len(matrices[label]), mean, low if interval else mean, f"{mean:.2f}{interval}{fewer}"
     known = {run.task: run for run in runs}
     head = [f"{task} †" if task in known and is_substitute(known[task]) else task for task in columns]
     lines = ["| agent | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
@@ -314,7 +332,8 @@ def notes_on_data(runs):
 
 def seeds_of(runs):
     seeds = sorted({run.seed for run in runs})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    whole = len(runs) == len({(run.task, run.label) for run in runs}) * len(seeds)
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{' (some have fewer)' * (not whole)}"
 
 
 def published_name(run):
@@ -362,10 +381,10 @@ NORMALISED = (
     "data's own episodes, and clipped to [0, 1]."
 )
 RULES = f"""\
-Means over seeds ± standard error. Bold: of the cells with a column's most seeds, the best and what lies within its
-standard error. IQM: the interquartile mean of normalised scores over tasks and seeds, and the 95% interval of a
-stratified bootstrap (rliable), of agents that have all tasks; bold: the best and what lies within its interval.
-A `prior` is evaluated once, when its fit ends. {NORMALISED}
+Means over seeds ± standard error; (2): of two seeds, where others have more. Bold: of the cells with a column's most
+seeds, the best and what lies within its standard error. IQM: the interquartile mean of normalised scores over tasks and
+seeds, and the 95% interval of a stratified bootstrap (rliable), of agents that have all tasks and seeds; bold: the best
+and what lies within its interval. A `prior` is evaluated once, when its fit ends. {NORMALISED}
 †: the data stand in for those that the task is named after.
 """
 TIME_RULES = """\
@@ -377,7 +396,7 @@ evaluations not; empty where a seed had none. A run that was over keeps its last
 def write_page(name, runs, options):
     """All tables as one Markdown text."""
     origin = [f"{len(runs)} runs, {seeds_of(runs)}"]
-    for what, values in ("commits", {run.commit[:10] for run in runs}), ("machines", {run.host for run in runs}):
+    for what, values in ("commits", {run.commit for run in runs}), ("machines", {run.host for run in runs}):
         origin.append(f"{what} {', '.join(sorted(values))}")
     page = [f"# {name}", "", "; ".join(origin) + ".", "", RULES, *(f"- {note}" for note in notes_on_data(runs)), ""]
     page += ["## Mean of the last five evaluations", "", *make_table(runs, lambda run: run.score, options.reps), ""]
@@ -489,7 +508,7 @@ def learning_curves(runs, over):
 
 def curves_page(runs, priors, tasks, names, over):
     legends = [{run.label: look(run) for run in sorted(runs, key=rank) if family(run.agent) == name} for name in names]
-    figure, axes = panels(len(tasks), [name.upper() for name in names], legends, sharex=True, sharey="row")
+    figure, axes = panels(len(tasks), [name.upper() for name in names], legends, sharex="col", sharey="row")
     for i, task in enumerate(tasks):
         axes[i, 0].set_ylabel(f"{wrap_task(task)}\nscore", fontsize=7)
         for panel, name in zip(axes[i], names, strict=True):
@@ -505,8 +524,9 @@ def curves_page(runs, priors, tasks, names, over):
         low, high = axes[i, 0].get_ylim()
         room = max(0, 10 - (high - low)) / 2  # ten points at least: less is no difference to look at
         axes[i, 0].set_ylim(low - room, high + room)
-    for panel in axes[-1]:
-        label_steps(panel) if over == "steps" else label_seconds(panel, runs)
+    for panel, name in zip(axes[-1], names, strict=True):
+        own = [run for run in runs if family(run.agent) == name]
+        label_steps(panel) if over == "steps" else label_seconds(panel, own)
     name_lines(axes, legends)
     text = "Mean over seeds, band: ± standard error; grey: the data's own episodes; dotted: a quantizer's prior alone."
     later = "" if over == "steps" else " The fit of a quantizer comes first, so its agents begin later."

@@ -5,8 +5,8 @@
     python benchmarks/reproduce.py table1 --paper --address auto --gpus-per-run 0.2             # on a Ray cluster
 
 A run is a process of a script with the command that the table shows: what runs is what a reader reads. A quantizer is
-fitted once for each task, kind and seed, by `saq_bc.py --use-prior`, whose score stands in the table as that of the
-agent "prior"; only the runs that need it wait for it.
+fitted once for each task, kind and seed, in each of --fits, by `saq_bc.py --use-prior`, whose score stands in the table
+as that of the agent "prior"; only the runs that need it wait for it.
 
 Results go to benchmarks/results/NAME.csv, a row an agent, as soon as a run ends. What that file holds is not run again:
 an interrupted table goes on where it stopped. It does not know of changes to the scripts: after one, name another
@@ -145,7 +145,9 @@ TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", 
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
 # Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
 PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}
+# The authors' for adroit; for antmaze, of which none is known, ours.
 PAPER_FLAGS = {("saq_iql", task): "--temperature 1" for task in ADROIT}
+PAPER_FLAGS |= {("saq_iql", task): "--temperature 0.1" for task in ANTMAZE}
 
 
 @dataclass
@@ -155,14 +157,17 @@ class Options:
     tasks: tuple[str, ...] = ()  # of these tasks only
     agents: tuple[str, ...] = ()  # only runs that train one of these agents, with the twins that these runs have
     quantizers: tuple[str, ...] = ()  # over these quantizers only
-    seeds: int = 3  # seeds 0, 1, ... of every run
+    seeds: int = 3  # how many seeds of every run
+    first_seed: int = 0  # the first of them: with 3, runs on seeds that no setting was chosen with
     steps: int | None = None  # gradient steps of quantizers and agents in place of the budget's, in ten evaluations
     paper: bool = False  # the authors' settings and steps: --plain, 500_000 of the quantizer, 1_000_000 of the agents
     flags: str = ""  # more flags for every run
     address: str | None = None  # of a Ray cluster, or "auto"; without it, Ray is started here
     cpus_per_run: float = 1.0  # cores, and threads, of a run
     gpus_per_run: float = 0.0  # GPUs of a run: 0.2 puts five on one
-    table: Path | None = None  # where results are gathered; None: benchmarks/results/NAME.csv
+    table: Path | None = (
+        None  # where results are gathered; None: benchmarks/results/NAME.csv, with --paper NAME-paper.csv
+    )
     fits: Path = ROOT / "runs" / "fits"  # where fitted quantizers are kept
     dry_run: bool = False  # print the commands and what they would take, and run nothing
 
@@ -196,8 +201,8 @@ def check_names(options):
 
 def make_jobs(options):
     """Every run of the plan by its command, seed by seed; the fit of a quantizer before the runs that need it."""
-    jobs = {}
-    for seed, part in itertools.product(range(options.seeds), PLANS[options.name]):
+    jobs, first = {}, options.first_seed
+    for seed, part in itertools.product(range(first, first + options.seeds), PLANS[options.name]):
         rows = itertools.product(part.tasks, part.quantizers, part.variants, part.scripts)
         for task, kind, variant, script in rows:
             agents, coded = SCRIPTS[script], script not in NO_QUANTIZER
@@ -258,7 +263,9 @@ def execute(command, fit, data, threads):
     words = command.split()[1:]
     if data is not None and "--dataset-path" in words:
         words[-1] = str(Path(data) / words[-1])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({"D4RL_DATASET_DIR": str(data)} if data else {})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if data is not None:
+        environment |= {"D4RL_DATASET_DIR": str(data), "OGBENCH_DATASET_DIR": str(Path(data) / "ogbench")}
     with tempfile.TemporaryDirectory() as folder:
         if fit is not None:
             (Path(folder) / "fit").mkdir()
@@ -311,10 +318,13 @@ class Table:
                     raise UserError(f"{path} is no table of this program: pass another --table.")
 
     def check(self, jobs):
-        """Raises UserError where a result that is wanted is there already, by another command."""
+        """Raises UserError where a result that is wanted is there already by another command, or others are of another
+        budget."""
         wanted = {key: job.command for job in jobs for key in job.rows()}
+        budgets = {budget_of(job.command) for job in jobs}
         for row in self.rows:
-            if wanted.get(key_of(row), row["command"]) != row["command"]:
+            other = wanted.get(key_of(row), row["command"]) != row["command"]
+            if other or budget_of(row["command"]) not in budgets:
                 raise UserError(f"{self.path} is of other commands: pass another --table. {row['command']}")
 
     def missing(self, jobs):
@@ -346,6 +356,12 @@ class Table:
         return rows
 
 
+def budget_of(command):
+    """Steps between two evaluations: in each of the budgets others."""
+    words = command.split()
+    return words[words.index("--eval-every") + 1]
+
+
 def key_of(row):
     """What identifies a row: task, agent, quantizer, seed."""
     return tuple(row[column] for column in COLUMNS[:4])
@@ -357,8 +373,11 @@ class Fits:
     def __init__(self, folder):
         self.folder = folder
 
+    FORMAT = 2  # of checkpoints: fits of another one are made again
+
     def path(self, command):
-        return self.folder / f"{hashlib.sha1(command.encode()).hexdigest()[:12]}.json"
+        name = hashlib.sha1(f"{command} {self.FORMAT}".encode()).hexdigest()[:12]
+        return self.folder / f"{name}.json"
 
     def save(self, command, outcome):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -373,6 +392,15 @@ class Fits:
         return json.loads(self.path(command).read_text()) | {"checkpoint": checkpoint}
 
 
+def describe_commit():
+    """The commit of the code, "-dirty" where something but results has been edited since; empty without git."""
+    commit, edits = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (["describe", "--always"], ["status", "--porcelain", "-uno", ".", ":!benchmarks/results"])
+    )
+    return f"{commit}-dirty" if edits else commit
+
+
 def run_all(jobs, table, options):
     """Runs every job whose results the table lacks. Returns what failed, {command: why}."""
     todo = table.missing(jobs)
@@ -383,6 +411,7 @@ def run_all(jobs, table, options):
     except ImportError:
         raise UserError("Ray is missing: pip install -r requirements-benchmarks.txt.") from None
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    commit = describe_commit()
     # The code as it is now goes to every machine, this one included: what is edited meanwhile does not change a table.
     sent = {"working_dir": str(ROOT), "excludes": ["/.git", "/.venv", "/runs", "/tests", "/wandb"]}
     address = options.address or "local"  # not one that happens to run here
@@ -401,8 +430,7 @@ def run_all(jobs, table, options):
         if command in todo or not kept:
             waiting[started[command]] = job
 
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    failed, commit = {}, run.stdout.strip()
+    failed = {}
     for _ in tqdm(range(len(waiting)), options.name, dynamic_ncols=True):
         (ready,), _ = ray.wait(list(waiting))
         job = waiting.pop(ready)
@@ -446,15 +474,15 @@ def estimate(jobs):
 
 def main():
     options = tyro.cli(Options, description=__doc__)
-    if options.seeds < 1 or (options.steps is not None and options.steps < 1):
-        raise UserError("seeds and steps must be 1 at least.")
+    if options.seeds < 1 or options.first_seed < 0 or (options.steps is not None and options.steps < 1):
+        raise UserError("seeds and steps must be 1 at least, the first seed 0.")
     check_names(options)
     jobs = make_jobs(options)
     if not jobs:
         raise UserError(f"no run of {options.name} has such a task, agent and quantizer together: see PLANS.")
     if options.dry_run:
         return estimate(jobs)
-    table = options.table or RESULTS / f"{options.name}.csv"
+    table = options.table or RESULTS / f"{options.name}{'-paper' * options.paper}.csv"
     try:
         with FileLock(f"{table}.lock", timeout=0):
             table = Table(table)

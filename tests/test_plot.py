@@ -121,6 +121,13 @@ def test_only_what_is_whole_is_averaged_over_tasks():
     assert {name: matrix.tolist() for name, matrix in matrices.items()} == {"cql": [[0.1, 0.2]]}
 
 
+def test_interquartile_means_are_over_equally_many_seeds():
+    """Of six runs rliable's keeps four, of eighteen ten: the same numbers three times would have another mean."""
+    rows = [row(task, "cql", "", seed, 10) for task in "ab" for seed in (0, 1, 2)]
+    rows += [row(task, "iql", "", seed, 10) for task in "ab" for seed in (0, 1)] + [row("a", "iql", "", 2, 10)]
+    assert plot.normalised_scores(runs_of(*rows), lambda run: run.score).keys() == {"cql"}
+
+
 def test_the_score_after_some_seconds():
     """The last evaluation done by then: after 45 + 10 seconds the first, after 45 + 20 the second, which stays."""
     (coded,) = runs_of(row("t", "saq_cql", "vqvae", 0, 80.0))

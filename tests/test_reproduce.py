@@ -20,12 +20,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "baselines"))
 import reproduce
 
+from vqvae import UserError
+
 SCRIPT = "benchmarks/reproduce.py"
 TINY = "--compile off --eval-episodes 1 --final-episodes 1"
 
 
 def plan(name, **options):
     given = dict(name=name, data=None, tasks=(), agents=(), quantizers=(), seeds=1, steps=None, paper=False, flags="")
+    given |= dict(first_seed=0)
     return reproduce.make_jobs(SimpleNamespace(**given | options))
 
 
@@ -48,8 +51,9 @@ def test_papers_own_settings_where_plain_has_others():
     aquadem = [command for command in commands if "--quantizer aquadem" in command]
     assert aquadem
     assert all("--num-codes 10" in command for command in aquadem)
-    iql = {command.split()[3]: "--temperature 1 " in f"{command} " for command in commands if "saq_iql.py" in command}
-    assert {task for task, flag in iql.items() if flag} == set(reproduce.ADROIT)
+    iql = {command.split()[3]: f"{command} " for command in commands if "saq_iql.py" in command}
+    assert {task for task, command in iql.items() if "--temperature 1 " in command} == set(reproduce.ADROIT)
+    assert {task for task, command in iql.items() if "--temperature 0.1 " in command} == set(reproduce.ANTMAZE)
 
 
 def test_a_quantizer_is_fitted_once_and_before_it_is_needed():
@@ -238,6 +242,44 @@ def test_what_a_row_says(tmp_path):
         ["saq_bc", "mixture", "3", "7", "6", "45", "50", "whence", "here"],
         ["bc", "", "3", "8", "6", "", "50", "whence", "here"],
     ]
+
+
+def test_one_table_has_one_budget(tmp_path):
+    """Runs of another length are refused beside those that a table has, even of agents that it does not have."""
+    rows = {agent: list(plan("small", tasks=(reproduce.MAZE,), agents=(agent,)).values()) for agent in ("iql", "cql")}
+    short = list(plan("small", tasks=(reproduce.MAZE,), agents=("cql",), steps=100).values())
+    table = reproduce.Table(tmp_path / "t.csv")
+    for job in rows["iql"]:
+        table.rows += [dict(zip(reproduce.COLUMNS, key, strict=False), command=job.command) for key in job.rows()]
+    table.check(rows["cql"])
+    with pytest.raises(UserError, match="is of other commands"):
+        table.check([job for job in short if "cql" in job.agents])
+
+
+def test_seeds_begin_where_one_says():
+    ours, theirs = plan("figure2", seeds=2, first_seed=3), plan("figure2", seeds=5)
+    assert {job.seed for job in ours.values()} == {3, 4}
+    assert ours.items() <= theirs.items()
+
+
+def test_the_commit_is_of_the_code_not_of_results(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    assert reproduce.describe_commit() == ""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("code.py", "benchmarks/results/small.csv"):
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "1")
+    clean = reproduce.describe_commit()
+    assert len(clean) >= 7
+    (tmp_path / "benchmarks" / "results" / "small.csv").write_text("2")
+    assert reproduce.describe_commit() == clean
+    (tmp_path / "code.py").write_text("2")
+    assert reproduce.describe_commit() == f"{clean}-dirty"
 
 
 def test_a_table_of_other_commands_is_refused(undisturbed, tmp_path):
