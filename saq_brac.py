@@ -7,7 +7,7 @@ model of the data and samples of the policy; over the K codes of a VQ-VAE it is 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
     3. `DiscreteBRAC.update` trains twin Q(s, .) with K outputs and pi(k | s), near the quantizer's prior p(k | s), by
-           V(s) = sum_k pi(k | s) (Q(s, k) - beta log pi(k | s) / p(k | s)),    (Q(s, k) - r - gamma V(s'))^2    (Eq. 3)
+           V(s) = sum_k pi(k | s) (Q(s, k) - beta log pi(k | s) / p(k | s)),    (Q(s, k) - r - gamma V(s'))^2 (Eq. 2, 3)
            max_pi sum_k pi(k | s) (Q(s, k) + beta log p(k | s) - alpha log pi(k | s))                            (Eq. 6)
     4. `DiscreteBRAC.act` decodes a code of pi; its twin, `ContinuousBRAC`, learns the same data
 
