@@ -158,7 +158,13 @@ def test_the_readmes_table():
     runs = plot.read(RESULTS / "small.csv")
     cell = [run.score for run in runs if (run.task, run.label) == ("door-human-v0", "saq_bc, vqvae")]
     assert "SAQ-BC has {:.1f} ± {:.1f} there".format(*plot.mean_and_error(cell)) in README
-    runs = [run for run in runs if run.quantizer != "vqvae"]
+    fresh = plot.read(RESULTS / "seeds.csv")
+    assert {run.seed for run in fresh} == {3, 4, 5}
+    cells = [[run.score for run in fresh if run.agent == agent] for agent in ("saq_iql", "saq_cql")]
+    iql, cql = map(plot.mean_and_error, cells)
+    words = "saq_iql has {:.1f} ± {:.1f}, saq_cql {:.1f} ± {:.1f}".format(*iql, *cql)
+    assert words in " ".join(README.split())
+    runs = [run for run in runs if run.quantizer not in ("vqvae", "aquadem")]
     runs.sort(key=lambda run: reproduce.SMALL.index(run.task))
     lines = plot.make_table(runs, lambda run: run.score, reps=10)
     assert len(lines) > 10
