@@ -5,8 +5,8 @@ The best policy that stays near the dataset's own, p, at a price of lambda for e
     pi(a | s)  ~  p(a | s) exp(A(s, a) / lambda),     A = Q - V
 
 Over continuous actions AWAC (Nair et al., 2020, arXiv:2006.09359) comes near it by a regression onto the dataset's
-actions, weighted by exp(A / lambda), without its normaliser (so that states with large advantages count
-more), with one sampled action for V and for the critics' target. Over the K codes of a quantizer all of it is a sum:
+actions, weighted by exp(A / lambda), without its normaliser (so that states with large advantages count more), with one
+sampled action for V and for the critics' target. Over the K codes of a quantizer all of it is a sum:
 
     pi(k | s) = softmax(log p(k | s) + Q(s, k) / lambda)           target: r + gamma sum_k pi(k | s') Q(s', k)
 

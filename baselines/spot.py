@@ -592,14 +592,14 @@ def main():
     run = Run(args, {"quantizer": vqvae, **density, **agents, **twins, **memories}, checksum, begun)
     data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
     done = run.state["done"]
-    if twins.keys() & done.keys() and done["saq_spot"] != args.steps and args.eval_only is None:
-        raise UserError("the online phase has begun where the offline one ended: leave steps out.")
     if args.eval_only is not None:
         trained = {name: agent for name, agent in (agents | twins).items() if name in done}
         if not (trained and task.env):
             raise UserError(f"{run.folder} holds no trained policy yet, or no environment to evaluate it in.")
         report(run, trained, vqvae, task, args.eval_episodes)
         return film(evaluate, trained, vqvae, task, args.video, run.folder)
+    if twins.keys() & done.keys() and done["saq_spot"] != args.steps:
+        raise UserError("the online phase has begun where the offline one ended: leave steps out.")
     print(f"run: {run.folder}")
     envs = make_eval_envs(task.env.spec, args.eval_episodes) if task.env else None
 

@@ -357,9 +357,9 @@ class Table:
 
 
 def budget_of(command):
-    """Steps between two evaluations: in each of the budgets others."""
+    """Steps between two evaluations, by which budgets differ; None where the command does not say."""
     words = command.split()
-    return words[words.index("--eval-every") + 1]
+    return dict(zip(words, words[1:], strict=False)).get("--eval-every")
 
 
 def key_of(row):
