@@ -103,7 +103,7 @@ LOCOMOTION = dict(act="mean", decay=False, target_every=100, cql_alpha=20.0)
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
     "hopper-expert-": dict(alpha=100.0, cql_alpha=20.0, act="mean", vq_steps=20_000, steps=40_000, eval_every=2_000),
-    "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2),
+    "hopper- halfcheetah- walker2d- ant-": dict(LOCOMOTION, support=0.2, alpha=30.0),
     "hopper-medium-v halfcheetah-medium-v walker2d-medium-v": dict(LOCOMOTION, support=0.0),
     "pen- door- hammer- relocate-": dict(act="sample"),  # docs/vqvae.md, "Acting"
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
