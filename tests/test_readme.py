@@ -151,7 +151,7 @@ def save(path):
 
 
 def test_the_readmes_table():
-    """What plot.py makes of the committed CSV, but for the last column, baselines/ and, one cell excepted, VQ-VAE codes."""
+    """It is what plot.py makes of the CSV but for the last column, baselines/ and, one cell excepted, VQ-VAE codes."""
     pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
     import plot
 
