@@ -98,7 +98,7 @@ class Args:
 
 
 # Fields by the first letters of a task's name; a flag wins. Chosen here (docs/results.md), the maze's to end in five
-# minutes. Alpha: the default, 20, is one of those that the authors' code sweeps (15, 20, 30); for antmaze it is CORL's.
+# minutes. Alpha: 20, the default, and 30 are of those that the authors' code sweeps (15, 20, 30); antmaze's is CORL's.
 LOCOMOTION = dict(act="mean", decay=False, target_every=100, cql_alpha=20.0)
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
