@@ -92,7 +92,8 @@ class Args:
 ANTMAZE = dict(discount=0.999, reward_scale=100.0, eval_episodes=100)
 
 
-# Fields by the first letters of a task's name; a flag wins. Betas are the authors', and ours for the demonstrations.
+# Fields by the first letters of a task's name; a flag wins. Betas are the authors', for OGBench those that FQL's
+# gave ReBRAC, and ours for the demonstrations. They are for a million steps: for a hundredth, take ten times beta_1.
 HPARAMS = {
     "maze2d-large-demos-": dict(actor_beta=0.3, critic_beta=0.0, steps=10_000, eval_every=500),
     "hopper-random-": dict(actor_beta=0.001, critic_beta=0.01),
@@ -127,6 +128,11 @@ HPARAMS = {
     "hammer-cloned-": dict(actor_beta=0.1, critic_beta=0.5),
     "relocate-human- relocate-cloned-": dict(actor_beta=0.1, critic_beta=0.01),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
+    "ogbench:antmaze-": dict(actor_beta=0.003, critic_beta=0.01, eval_episodes=50),
+    "ogbench:cube-": dict(actor_beta=0.1, critic_beta=0.0, eval_episodes=50),
+    "ogbench:cube-single-": dict(actor_beta=1.0, critic_beta=0.0, eval_episodes=50),
+    "ogbench:puzzle-": dict(actor_beta=0.3, critic_beta=0.01, eval_episodes=50),
+    "ogbench:scene-": dict(actor_beta=0.1, critic_beta=0.01, eval_episodes=50),
 }
 
 

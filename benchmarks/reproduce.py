@@ -138,11 +138,14 @@ PLANS = {
 BUDGET = dict(steps=10_000, vq_steps=10_000, eval_every=1_000, final_episodes=20)
 OGBENCH_BUDGET = dict(steps=20_000, vq_steps=15_000, eval_every=2_000, final_episodes=50)
 PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
-# Of today's tables, what differs by task and script. All episodes of the expert's file return nearly the same, which
-# IQL's scaling of rewards would blow up. IQL's published inverse temperature is for a million steps: after so few, the
-# advantages that it multiplies are noise. The door's 25 demonstrations would be learned by heart without noise.
+# Of today's tables, what differs by task, by script, or by both. All episodes of the expert's file return nearly the
+# same, which IQL's scaling of rewards would blow up. The door's 25 demonstrations would be learned by heart without
+# noise. Two weights are published for a million steps: IQL's inverse temperature, here a thirtieth, since advantages
+# are noise at first; and ReBRAC's of the distance, here ten times it, since it does not hold a policy while Q is wrong.
 TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", "door-human-v0": "--obs-noise 0.1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
+BETAS = dict(zip(SMALL[1:], (1.0, 0.1, 0.5, 0.1, 1.0), strict=True))
+RUN_FLAGS = {("baselines/rebrac", task): f"--actor-beta {beta}" for task, beta in BETAS.items()}
 # Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
 PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}
 # The authors' for adroit; for antmaze, of which none is known, ours.
@@ -244,7 +247,7 @@ def make_command(script, task, seed, flags, options):
     if options.paper:
         words += ["--plain", PAPER_FLAGS.get((script, task), "")]
     elif task != CUBE:
-        words += [TASK_FLAGS.get(task, ""), SCRIPT_FLAGS.get(script, "")]
+        words += [TASK_FLAGS.get(task, ""), SCRIPT_FLAGS.get(script, ""), RUN_FLAGS.get((script, task), "")]
     words += [options.flags]
     if options.data is not None and task in FILES and not options.paper:
         words += [f"--dataset-path {FILES[task]}"]
