@@ -97,7 +97,7 @@ class Args:
     polyak: float = 0.005  # rate at which target critics follow the critics
 
 
-# Fields by the first letters of a task's name; a flag wins. Chosen here (results.md, tasks.md); antmaze's are CORL's.
+# Fields by the first letters of a task's name; a flag wins. Chosen here (docs/results.md), but antmaze's: CORL's.
 LOCOMOTION = dict(act="mean", decay=False, target_every=100, cql_alpha=20.0)
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),

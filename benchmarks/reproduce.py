@@ -144,8 +144,8 @@ PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_
 # are noise at first; and ReBRAC's of the distance, here ten times it, since it does not hold a policy while Q is wrong.
 TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", "door-human-v0": "--obs-noise 0.1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
-BETAS = dict(zip(SMALL[1:], (1.0, 0.1, 0.5, 0.1, 1.0), strict=True))
-RUN_FLAGS = {("baselines/rebrac", task): f"--actor-beta {beta}" for task, beta in BETAS.items()}
+REBRAC_BETAS = dict(zip(SMALL[1:], (1.0, 0.1, 0.5, 0.1, 1.0), strict=True))
+RUN_FLAGS = {("baselines/rebrac", task): f"--actor-beta {beta}" for task, beta in REBRAC_BETAS.items()}
 # Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
 PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}
 # The authors' for adroit; for antmaze, of which none is known, ours.

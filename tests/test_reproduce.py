@@ -75,6 +75,15 @@ def test_every_agent_of_a_task_gets_its_flags():
         assert all(f" {flags} " in f"{command} " for command in commands)
 
 
+def test_rebracs_weight_is_ten_times_the_published_one():
+    rebrac = importlib.import_module("rebrac")
+    for task, beta in reproduce.REBRAC_BETAS.items():
+        assert beta == pytest.approx(10 * rebrac.defaults(task).actor_beta)
+        (command,) = plan("small", tasks=(task,), agents=("rebrac",))
+        assert f" --actor-beta {beta} " in f"{command} "
+    assert not any("--actor-beta" in command for command in plan("ogbench", agents=("rebrac",)))
+
+
 def test_what_learns_on_has_rows_of_its_own():
     trained = [list(job.agents.values()) for job in plan("online").values()]
     assert trained == 2 * [["prior"], ["saq_spot", "spot", "saq_online", "spot_online"]]
