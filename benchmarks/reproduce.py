@@ -25,13 +25,14 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import saq_bc  # noqa: E402
 from vqvae import UserError, exit_in_words, one_line, write_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -164,7 +166,7 @@ class Options:
     first_seed: int = 0  # the first of them: with 3, runs on seeds that no setting was chosen with
     steps: int | None = None  # gradient steps of quantizers and agents in place of the budget's, in ten evaluations
     paper: bool = False  # the authors' settings and steps: --plain, 500_000 of the quantizer, 1_000_000 of the agents
-    flags: str = ""  # more flags for every run
+    flags: str = ""  # more flags for every run; the fits of quantizers get those of them that saq_bc.py has
     address: str | None = None  # of a Ray cluster, or "auto"; without it, Ray is started here
     cpus_per_run: float = 1.0  # cores, and threads, of a run
     gpus_per_run: float = 0.0  # GPUs of a run: 0.2 puts five on one
@@ -248,10 +250,21 @@ def make_command(script, task, seed, flags, options):
         words += ["--plain", PAPER_FLAGS.get((script, task), "")]
     elif task != CUBE:
         words += [TASK_FLAGS.get(task, ""), SCRIPT_FLAGS.get(script, ""), RUN_FLAGS.get((script, task), "")]
-    words += [options.flags]
+    words += [flags_of_fit(options.flags) if "--use-prior" in flags else options.flags]
     if options.data is not None and task in FILES and not options.paper:
         words += [f"--dataset-path {FILES[task]}"]
     return " ".join(" ".join(words).split())
+
+
+def flags_of_fit(flags):
+    """Those of `flags` that saq_bc.py has: what only agents have changes no fit, which they go on sharing."""
+    options = {field.name for field in fields(saq_bc.Args)}
+    kept = []
+    for flag in re.split(r"\s+(?=--)", flags.strip()):
+        name = re.split("[ =]", flag)[0].removeprefix("--").replace("-", "_")
+        if {name, name.removeprefix("no_")} & options:
+            kept.append(flag)
+    return " ".join(kept)
 
 
 # --- One run, on whichever machine Ray has put it ---

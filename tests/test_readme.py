@@ -172,6 +172,28 @@ def test_the_readmes_table():
     assert "\n".join(line.rsplit("|", 2)[0] + "|" for line in lines) in README
 
 
+def test_the_scores_that_results_md_names():
+    """Where it speaks of the six datasets, a mean ± error is one of a CSV: a score, or what RL adds to its prior."""
+    pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
+    import plot
+
+    known = set()
+    for table in ("small", "seeds", "codes"):
+        runs = plot.read(RESULTS / f"{table}.csv")
+        priors = {(run.task, run.quantizer, run.seed): run.score for run in runs if run.agent == "prior"}
+        for task in {run.task for run in runs}:
+            for cell in plot.by_label([run for run in runs if run.task == task]).values():
+                gains = [run.score - priors.get((task, run.quantizer, run.seed), 0) for run in cell]
+                fresh = [run.score for run in cell if run.seed > 5] or [0]
+                for values in [run.score for run in cell], [run.final for run in cell], gains, fresh:
+                    known.add("{:.1f} ± {:.1f}".format(*plot.mean_and_error(values)))
+    text = (ROOT / "docs" / "results.md").read_text()
+    section = text.split("## Every script on six datasets")[1].split("\n## ")[0]
+    named = set(re.findall(r"-?\d+\.\d ± \d+\.\d", section))
+    assert len(named) > 20
+    assert not named - known
+
+
 def test_files_that_the_readme_names_exist():
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
