@@ -1,7 +1,6 @@
 """Gradient steps per second of each update of each script, and the share they reach of what matrix products do alone.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --to 112 --dataset-path hopper_expert-d4rlsim.hdf5      # seconds until a score
 
 An update, its matrix products alone, and the update in bfloat16 where the device has it, are timed in turn, in short
 bursts, and shares are medians over the bursts: on a shared machine absolute speeds drift, ratios within one run hold.
@@ -13,7 +12,6 @@ in D4RL's layout is loaded, in a process of its own: its seconds beside those th
 its peak memory.
 """
 
-import dataclasses
 import importlib.util
 import math
 import multiprocessing
@@ -24,7 +22,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import h5py
 import numpy as np
@@ -47,16 +44,13 @@ import saq_cql
 import saq_iql
 from vqvae import (
     QUANTIZERS,
-    ActionVQVAE,
     Linear,
     Transitions,
     UserError,
     accelerate,
     exit_in_words,
-    fit,
     has_bfloat16,
     load_arrays,
-    load_task,
     make_transitions,
     prepare,
     with_compile,
@@ -77,16 +71,6 @@ class Options:
     fql_official: Path | None = None  # a checkout of seohongpark/fql, to time its FQL, IFQL and ReBRAC as well
     corl: Path | None = None  # a checkout of tinkoff-ai/CORL, to time its IQL, TD3+BC, AWAC and SPOT as well
     table: Path | None = None  # a CSV for the rates; reproduce.py estimates hours by benchmarks/results/speed.csv
-    # --- In place of all that ---
-    to: float | None = None  # the score that SAQ-CQL, then CQL, are to reach in two evaluations in a row, on one core
-    env: str = "hopper-expert-v2"  # on this task
-    dataset_path: str | None = None  # its data
-    seed: int = 0  # of the networks and batches
-    precision: Literal["float32", "bfloat16"] = "float32"  # of products between hidden layers
-    vq_steps: int = 10_000  # of the quantizer
-    steps: int = 40_000  # of each agent, at most
-    eval_every: int = 500  # steps between two evaluations of ten episodes; their seconds do not count
-    limit: float = 1_200.0  # seconds of its own after which an agent has failed
 
 
 # --- The matrix products of one step ---
@@ -277,51 +261,8 @@ def side_by_side(cores, seconds, compile):
     return together, sum(alone)
 
 
-# --- Time to a score ---
-
-
-def time_to(options):
-    """Prints the seconds of one core until each agent of saq_cql.py has the score. They are those in which this process
-    computed: others may be busy beside it. The compiler, which works in processes of its own, is not counted."""
-    torch.set_num_threads(1)
-    device = prepare("cpu", options.precision)
-    names = ("env", "dataset_path", "seed", "precision", "vq_steps", "steps")
-    args = dataclasses.replace(saq_cql.defaults(options.env), **{name: getattr(options, name) for name in names})
-    task, data = load_task(args.env, args.dataset_path, device, args.reward_scale, args.reward_shift)
-    torch.manual_seed(args.seed)
-    vqvae = ActionVQVAE(data.obs.shape[1], data.actions.shape[1], args.num_codes, lr=args.lr)
-    agents = saq_cql.make_agents(data.obs.shape[1], data.actions.shape[1], vqvae, args)
-    vqvae.set_units(data.obs)
-    data = data._replace(obs=vqvae.normalize(data.obs), next_obs=vqvae.normalize(data.next_obs))
-    start = time.process_time()
-    for _ in fit(vqvae, data.obs, data.actions, args.vq_steps, args.vq_batch_size, compile=args.compile):
-        pass
-    data = data._replace(codes=vqvae.encode_dataset(data.obs, data.actions))
-    fitted = time.process_time() - start
-    print(f"quantizer: {args.vq_steps} steps in {fitted:.0f} s", flush=True)
-    envs = saq_cql.make_eval_envs(task.env.spec, 10)
-    for name, agent in agents.items():
-        torch.manual_seed(args.seed)
-        spent, above, start = 0.0, 0, time.process_time()
-        for step, _ in saq_cql.learn(agent, data, args, 0):
-            if step % options.eval_every:
-                continue
-            spent += time.process_time() - start
-            with torch.random.fork_rng():
-                score = task.score(saq_cql.evaluate(agent, vqvae, envs, 10).mean())
-            above = above + 1 if score >= options.to else 0
-            if above == 2 or spent > options.limit:
-                break
-            start = time.process_time()
-        reached = f"is at {options.to:g}" if above == 2 else f"has not reached {options.to:g}"
-        before = fitted if name == "saq_cql" else 0.0
-        print(f"{name} {reached} after {before + spent:.0f} s and {step} steps (last score {score:.1f})", flush=True)
-
-
 def main():
     options = tyro.cli(Options, description=__doc__)
-    if options.to is not None:
-        return time_to(options)
     device, compile = prepare(options.device), "on" if options.compile else "off"
     rows = [["update", "steps_per_second", "products_per_second", "share", "bfloat16_per_second", "bfloat16_ratio"]]
     ours, reduced = updates(device), updates(device) if has_bfloat16(options.device) else {}
