@@ -411,7 +411,7 @@ def describe_health(health):
         words += "for fewer (num_codes). A mixture may keep more than it needs."
     if health["perplexity"] > 10 * health["per_state"]:
         words += "\nwarning: which code is meant depends on the state much more than on the action, so that a policy "
-        words += "has much to learn before it chooses well: try fewer codes or, unless demonstrations are few, a mixture."
+        words += "has much to learn before it chooses well: try fewer codes or, if the data are many, the mixture."
     return words
 
 
