@@ -90,7 +90,7 @@ class Args:
     use_prior: bool = False  # the quantizer's own prior p(k | s) is the policy: nothing more is learned
 
 
-# Fields by the first letters of a task's name; a flag wins. The paper prints no hyperparameters, and cloning has few.
+# A task's row is the longest that its name begins with; a flag wins. The paper prints no hyperparameters.
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500),
     "hopper- halfcheetah- walker2d- ant-": dict(act="mean", support=0.2),
@@ -314,7 +314,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

@@ -86,7 +86,7 @@ class Args:
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     support: float = 0.1  # SAQ: codes with less than this share of the prior's highest probability do not act
     # --- SAQ-CQL ---
-    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper, with half of that, calls it 10; 0: QT-Opt
+    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper halves that square: its 10 is 20; 0: QT-Opt
     penalty: Literal["cql_h", "cql_rho", "v1"] = "cql_h"  # rho: codes weighed by the prior; v1: nothing pushed up
     target_every: int = 200  # steps between two copies of the Q network into its target
     weight_decay: float = 1e-3  # AdamW's weight decay (the official code hands it to Adam as beta1, by mistake)
@@ -97,7 +97,7 @@ class Args:
     polyak: float = 0.005  # rate at which target critics follow the critics
 
 
-# Fields by the first letters of a task's name; a flag wins. Chosen here (docs/results.md), but antmaze's: CORL's.
+# A task's row is the longest that its name begins with; a flag wins. Chosen here (docs/results.md); antmaze's: CORL's.
 LOCOMOTION = dict(act="mean", decay=False, target_every=100, cql_alpha=20.0)
 HPARAMS = {
     "maze2d-large-demos-": dict(num_codes=4, act="sample", batch_size=64, vq_steps=8_000, steps=4_000, eval_every=500),
@@ -143,9 +143,9 @@ class DiscreteCQL(nn.Module):
             next_q = self.qf_target(batch.next_obs).gather(1, next_codes)[:, 0]  # (B,)
             td_target = batch.rewards + self.args.discount * (1 - batch.terminals) * next_q
         td_loss = (q_data - td_target).square().mean()
-        # The conservative penalty log sum_k exp Q(s, k) - Q(s, k_data). It is the cross-entropy of softmax(Q) with the
-        # data's codes (Eq. 12), so a large alpha turns SAQ-CQL into behavioural cloning. CQL(rho) has sum_k p(k | s)
-        # exp Q(s, k) under the log: a Q alike for all codes is not pushed. CQL's first version leaves out Q(s, k_data).
+        # The conservative penalty log sum_j exp Q(s, j) - Q(s, k), k being the data's code: the cross-entropy of
+        # softmax(Q) with the data (Eq. 12), so a large alpha turns SAQ-CQL into behavioural cloning. CQL(rho) has
+        # sum_j p(j | s) exp Q(s, j) under the log: a Q alike for all codes is not pushed. v1 leaves out - Q(s, k).
         rho = self.vqvae.prior_logits(batch.obs).log_softmax(1).detach() if self.args.penalty == "cql_rho" else 0.0
         penalty = (q + rho).logsumexp(1).mean() - (0.0 if self.args.penalty == "v1" else q_data.mean())
         loss = td_loss + self.args.alpha * penalty
@@ -155,10 +155,10 @@ class DiscreteCQL(nn.Module):
         """One gradient step on the loss, after which the copies of the Q network follow; returns what to log."""
         info = minimize(*self.loss(batch), self.optimizer)
         self.step += 1
-        # Rate 1, a copy, in every target_every-th update; in the others 0, no change.
+        # A copy in every target_every-th update: a rate of 1, and else of 0, since a CUDA graph has no branches.
         polyak_update(self.qf_target, self.qf, self.step % self.args.target_every == 0)
-        # One step changes Q by more than neighbouring codes differ, so the best code jumps from step to step. That of
-        # the average does not. Its rate begins as 1 / step: at first it is a plain mean.
+        # One step changes Q by more than good codes differ, so that the best one jumps from step to step. That of the
+        # average does not. Its rate begins as 1 / step: at first it is a plain mean.
         if self.args.average:
             polyak_update(self.qf_average, self.qf, (1 / self.step).clamp(min=self.args.average))
         return info
@@ -350,7 +350,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

@@ -96,7 +96,7 @@ class Args:
     beta: float = 3.0  # inverse temperature: weights are exp(beta A). SAQ's lambda divides instead: beta = 1 / lambda
 
 
-# Fields by the first letters of a task's name; a flag wins. Where they come from: docs/saq_iql.md.
+# A task's row is the longest that its name begins with; a flag wins. Where they come from: docs/saq_iql.md.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 LOCOMOTION = dict(temperature=10.0, beta=3.0, reward_scale=0.0, act="mean")
 HPARAMS = {
@@ -353,7 +353,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

@@ -59,10 +59,10 @@ from torch import nn
 
 class Quantizer(nn.Module):
     """What all quantizers share: size, units of observations, training step, acting. A subclass adds `forward` (the
-    loss), `encode`, `decode`, `candidates` (what all codes stand for) and `prior_logits`.
+    loss), `encode`, `decode`, `candidates` (what all codes stand for), `prior_logits`, and sets `self.optimizer`.
 
-    obs_dim: O. num_codes: K. action_only: the paper's ablation (Table 3), in which every network sees zeros in place of
-    the state."""
+    obs_dim: O. num_codes: K. action_only: the paper's ablation (Table 3), in which the quantizer's networks see zeros
+    in place of the state."""
 
     def __init__(self, obs_dim, num_codes, action_only):
         super().__init__()
@@ -122,7 +122,7 @@ class ActionVQVAE(Quantizer):
     """Encoder (s, a) -> z, codebook of K vectors e_k, decoder (s, e_k) -> a, and a prior over codes p(k | s).
 
     obs_dim, action_dim: O and A. num_codes: K. code_dim: D, the length of a codebook vector. action_only: the paper's
-    ablation (Table 3), in which every network sees zeros in place of the state. lr: learning rate of Adam.
+    ablation (Table 3), in which these networks see zeros in place of the state. lr: learning rate of Adam.
 
     The prior is a by-product, a cloned policy that passes no gradient to the rest. The agents that need p(k | s) take
     it as it is when the fit ends.
@@ -151,7 +151,7 @@ class ActionVQVAE(Quantizer):
         return self.nearest(self.embed(obs, actions))
 
     def decode(self, obs, codes):
-        """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
+        """obs (B, O), codes (B,) -> actions (B, A). The output is linear and can leave [-1, 1]: clip it."""
         return self.decoder(torch.cat([self.condition(obs), self.codebook[codes]], -1))
 
     def candidates(self, obs):
@@ -244,9 +244,9 @@ class Mixture(Quantizer):
     def forward(self, obs, actions):
         log_joint, distance = self.log_joint(obs, actions)  # (B, K) each
         loss = -(log_joint.amax(1) if self.hard else log_joint.logsumexp(1)).mean()
-        # The likeliest sigma^2, given the candidates: the mean squared distance, per dimension, of actions from the
-        # candidates that made them. A running average of batches. One sigma for all dimensions: with one for each, a
-        # dimension whose actions lie at a bound would take over.
+        # sigma^2 at its optimum: the mean squared distance of actions from the candidates, weighed by their shares,
+        # over A; as a running average of batches. One sigma for all dimensions: with one for each, a dimension whose
+        # actions are clipped at a bound would shrink its own to nothing, and decide every code.
         with torch.no_grad():
             share = F.one_hot(log_joint.argmax(1), self.num_codes) if self.hard else log_joint.softmax(1)
             residual = (share * distance).sum(1).mean() / actions.shape[1]
@@ -269,7 +269,7 @@ class Mixture(Quantizer):
         return self.outputs(obs)[0]
 
     def decode(self, obs, codes):
-        """obs (B, O), codes (B,) -> actions (B, A). The output is linear, so it can leave [-1, 1] a little: clip it."""
+        """obs (B, O), codes (B,) -> actions (B, A). The output is linear and can leave [-1, 1]: clip it."""
         return self.candidates(obs).take_along_dim(codes[:, None, None], 1)[:, 0]
 
     def prior_logits(self, obs):
@@ -374,11 +374,12 @@ def codebook_health(vqvae, obs, actions):
 
     used: share of the K codes that some action chose.
     perplexity: exp of the entropy of the codes' use; K when all are used alike, 1 when one does all the work.
-    per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state is exp of what
-    codes tell of the state (their mutual information): a policy must learn that much before it chooses well.
-    persistence: with d_t the action of row t less the prior's mean action there, the cosine similarity of d_t and
-    d_(t+1), of 500 pairs of rows. Near 0 d is noise, and the mean may act; where it is large, demonstrators kept to
-    one of several intentions.
+    per_state: exp of the prior's mean entropy, the codes that one state needs. perplexity / per_state: how many times
+    fewer codes are left once the state is known (exp of their mutual information, if the prior is right). Where it is
+    large, a policy has much to learn before it chooses well.
+    persistence: is what sets an action apart from the prior's mean action still there one row later? The cosine
+    similarity of the two differences, of 500 pairs of rows. Near 0 it is noise, and the mean may act; where it is
+    large, demonstrators kept to one of several intentions.
     reconstruction_error: mean squared error over rows and dimensions; ..._a0, ..._a1: of each dimension.
     """
     codes = vqvae.encode_dataset(obs, actions)
@@ -1034,8 +1035,8 @@ def make_transitions(arrays, env, device):
     if returns is None:
         returns = np.add.reduceat(arrays["rewards"], np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1]))
 
-    # The next observation is the next row's, unless the file holds it. Where an episode ends without a terminal, what
-    # followed is unknown and the transition is dropped.
+    # The next observation is the next row's, unless the file holds it. At a terminal it does not count. Where an
+    # episode ends without one, what followed is unknown and the transition is dropped.
     rows = np.flatnonzero(~ends | (arrays["terminals"] > 0) | ("next_observations" in arrays))
     if not rows.size:
         raise UserError("no transition's next observation is known: every row ends an episode. Add next_observations.")

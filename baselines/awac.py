@@ -79,7 +79,7 @@ class Args:
     revive_every: int = 100  # vqvae: steps between two moves of unchosen codes to where actions are; 0: never
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Every agent ---
-    steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
+    steps: int = 70_000  # gradient steps of each agent (the authors: 25_000 or 50_000, then online; CORL: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
     decay: bool = True  # let the learning rates of agents fall to 0 along a cosine
@@ -93,9 +93,9 @@ class Args:
     polyak: float = 0.005  # rate at which target networks follow
 
 
-# Fields by the first letters of a task's name; a flag wins. Lambda is CORL's for adroit and mazes, 0.1, whose weights
-# are clipped at 100 (the authors', of a softmax as here, for adroit: 0.5), and ours for locomotion, where the authors
-# have 2, and for the demonstrations.
+# A task's row is the longest that its name begins with; a flag wins. Lambda is CORL's for adroit and mazes, 0.1, whose
+# weights are clipped at 100 (the authors', of a softmax as here, for adroit: 0.5), and ours for locomotion, where the
+# authors have 2 (--plain leaves it), and for the demonstrations.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
@@ -302,7 +302,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

@@ -79,7 +79,7 @@ class Args:
     revive_every: int = 100  # vqvae: steps between two moves of unchosen codes to where actions are; 0: never
     quantizer_from: str | None = None  # take the quantizer that the run in this folder fitted to the same data
     # --- Every agent ---
-    steps: int = 70_000  # gradient steps of each agent (the authors: 1_000_000)
+    steps: int = 70_000  # gradient steps of each agent (the authors: 3_000_000)
     batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
     decay: bool = True  # let the learning rates of agents fall to 0 along a cosine
@@ -91,14 +91,14 @@ class Args:
     # --- Both BEARs ---
     epsilon: float = 0.05  # the root of MMD^2 that is allowed
     sigma: float = 20.0  # bandwidth of the kernel, not squared in it (as the authors')
-    warm_up: float = 0.04  # share of the steps in which the policy only comes near the data (the authors: 40_000)
+    warm_up: float = 0.04  # share of the steps in which the policy only comes near the data (the authors: 0.013)
     polyak: float = 0.005  # rate at which target networks follow
     samples: int = 4  # draws of either policy that estimate the discrepancy; over codes, in the figure alone
     # --- Continuous BEAR ---
     backup_samples: int = 10  # actions of the policy among which the target takes the best
 
 
-# Fields by the first letters of a task's name; a flag wins. Epsilon and sigma are the authors' for locomotion.
+# A task's row is the longest that its name begins with; a flag wins. Epsilon and sigma: the authors' for locomotion.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": MAZE,
@@ -399,7 +399,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

@@ -73,7 +73,7 @@ class Args:
     final_episodes: int = 100  # episodes of the final evaluation
     video: int = 0  # episodes of each agent to film at the end
     # --- Every agent ---
-    steps: int = 70_000  # gradient steps of each agent (the authors: 500_000)
+    steps: int = 70_000  # gradient steps of each agent (the authors: 500_000; OGBench: 1_000_000)
     batch_size: int = 256  # transitions that each of them sees
     lr: float = 3e-4  # learning rate of every network
     decay: bool = True  # let the learning rates of agents fall to 0 along a cosine (the authors: constant)
@@ -93,8 +93,8 @@ class Args:
     candidates: int = 32  # actions of the flow among which the best one acts
 
 
-# Fields by the first letters of a task's name; a flag wins. The authors' for adroit, antmaze and OGBench, which do not
-# divide Q; for the rest they advise to divide it and to try alpha from 0.03 to 10.
+# A task's row is the longest that its name begins with; a flag wins. The authors' for adroit, antmaze and OGBench,
+# which do not divide Q; for the rest they advise to divide it and to try alpha from 0.03 to 10.
 ADROIT = dict(alpha=30_000.0, normalize_q=False, pessimistic=True)
 ANTMAZE = dict(normalize_q=False, reward_shift=-1.0, eval_episodes=100)
 OGBENCH = dict(normalize_q=False, eval_episodes=50)
@@ -340,7 +340,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

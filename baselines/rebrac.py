@@ -92,8 +92,8 @@ class Args:
 ANTMAZE = dict(discount=0.999, reward_scale=100.0, eval_episodes=100)
 
 
-# Fields by the first letters of a task's name; a flag wins. Betas are the authors', for OGBench those that FQL's
-# gave ReBRAC, and ours for the demonstrations. They are for a million steps: for a hundredth, take ten times beta_1.
+# A task's row is the longest that its name begins with; a flag wins. Betas are the authors', for OGBench those that
+# FQL's gave ReBRAC, and ours for the demonstrations. They are for a million steps: for a hundredth, ten times beta_1.
 HPARAMS = {
     "maze2d-large-demos-": dict(actor_beta=0.3, critic_beta=0.0, steps=10_000, eval_every=500),
     "hopper-random-": dict(actor_beta=0.001, critic_beta=0.01),
@@ -129,6 +129,8 @@ HPARAMS = {
     "relocate-human- relocate-cloned-": dict(actor_beta=0.1, critic_beta=0.01),
     "lift- can- square- tool- transport- ogbench:": dict(eval_episodes=50),
     "ogbench:antmaze-": dict(actor_beta=0.003, critic_beta=0.01, eval_episodes=50),
+    "ogbench:antmaze-giant-": dict(actor_beta=0.003, critic_beta=0.01, discount=0.995, eval_episodes=50),
+    "ogbench:humanoidmaze- ogbench:antsoccer-": dict(discount=0.995, eval_episodes=50),
     "ogbench:cube-": dict(actor_beta=0.1, critic_beta=0.0, eval_episodes=50),
     "ogbench:cube-single-": dict(actor_beta=1.0, critic_beta=0.0, eval_episodes=50),
     "ogbench:puzzle-": dict(actor_beta=0.3, critic_beta=0.01, eval_episodes=50),
@@ -162,6 +164,8 @@ def with_next_actions(data):
     known = torch.cat([follows, follows.new_zeros(1)]) | (data.terminals > 0)
     if not known.any():
         raise UserError("no transition's next action is known: rows must stand in the order in which they happened.")
+    if not known.all():
+        print(f"{(~known).sum()} of {len(known)} transitions are left out: what the data did next is unknown")
     next_actions = data.actions.roll(-1, 0)
     return Steps(*(column[known] for column in (*data[:5], next_actions)))
 
@@ -235,8 +239,8 @@ class ReBRAC(nn.Module):
         self.step += 1
         info = minimize(*self.qf_loss(batch), self.qf_optimizer)
         delayed = (self.step % 2 == 0).float()
-        # Fused Adam leaves out a step where found_inf is 1, its switch for overflow in mixed precision: a branch in
-        # Python could not be a part of a CUDA graph.
+        # The policy's loss is computed in every update, since a CUDA graph has no branches. In every other one fused
+        # Adam leaves out the step (found_inf, its switch for overflow in mixed precision), and targets follow by 0.
         self.actor_optimizer.found_inf = 1 - delayed
         polyak_update(self.actor_target, self.actor, self.args.polyak * delayed)  # the policy of before, as ReBRAC's
         info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
@@ -312,7 +316,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):

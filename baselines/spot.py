@@ -102,9 +102,9 @@ class Args:
     density_weight: float = 0.1  # lambda: weight of the bound as the authors scale it, a nat as 1 / (4 A)
 
 
-# Fields by the first letters of a task's name; a flag wins. The weights of the density are the authors' for locomotion
-# and antmaze, CORL's (for cloned data) for adroit; those of codes, and all of the demonstrations, whose score is 186.2,
-# are ours.
+# A task's row is the longest that its name begins with; a flag wins. The weights of the density are the authors'
+# for hopper, halfcheetah, walker2d and antmaze, CORL's (for cloned data) for adroit; ant's, those of codes, and all of
+# the demonstrations, whose score is 186.2, are ours.
 MAZE = dict(num_codes=4, vq_steps=15_000, vae_steps=10_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, code_weight=0.3, density_weight=1.0, reference=186.2),
@@ -265,8 +265,8 @@ class ContinuousSPOT(nn.Module):
         """A gradient step of the critics; in every second update one of the policy, after which all targets follow."""
         self.step += 1
         info = minimize(*self.qf_loss(batch), self.qf_optimizer)
-        # Fused Adam leaves out a step where found_inf is 1, its switch for overflow in mixed precision: a branch in
-        # Python could not be a part of a CUDA graph.
+        # The policy's loss is computed in every update, since a CUDA graph has no branches. In every other one fused
+        # Adam leaves out the step (found_inf, its switch for overflow in mixed precision), and targets follow by 0.
         delayed = (self.step % 2 == 0).float()
         self.actor_optimizer.found_inf = 1 - delayed
         info |= minimize(*self.actor_loss(batch), self.actor_optimizer)
@@ -296,7 +296,8 @@ class ContinuousSPOT(nn.Module):
 
 def fine_tune(agent, memory, vqvae, task, args, start, last):
     """A step in the environment, then an update, from step `start` to `last`, counted on from the offline ones; yields
-    (step, info) after each. Learning rates stay what they are, as published."""
+    (step, info) after each. `caution` falls in a straight line, no lower than online_weight; learning rates are `lr`
+    throughout, as published, not the 0 at which the offline phase's cosine ended."""
     steps = play(agent.explore, memory, vqvae, task, args.seed)
     updates = learn(agent, memory, replace(args, decay=False, steps=last), start)
     for step in range(start + 1, last + 1):
@@ -385,7 +386,7 @@ def parse_args():
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
     """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are always asked for ten actions, so that what one draws does not depend on how many environments run. It seeds
+    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
     PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
