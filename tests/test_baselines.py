@@ -134,16 +134,42 @@ def test_bad_input_is_one_sentence(finished, script, wrong, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def first_batch(script, obs):
+    """A batch of obs (B, 3) in the form that a script's agents take."""
+    n = len(obs)
+    columns = [obs, torch.rand(n, 2) * 2 - 1, torch.rand(n), obs + 1, torch.zeros(n), torch.arange(n) % 4]
+    return rebrac.Steps(*columns[:5], columns[1]) if script == "rebrac" else Transitions(*columns)
+
+
+def new_agent(script, name):
+    quantizer = [ActionVQVAE(3, 2, 4, hidden=(8,))] if script in FLAGS else []
+    return MODULES[script].make_agents(3, 2, *quantizer, MODULES[script].Args())[name]
+
+
+@pytest.mark.parametrize(("script", "name"), NAMES)
+def test_what_targets_follow_and_when(script, name):
+    """Flows: the critics of before the step. Those of TD3's family: in every second update, after the step; ReBRAC's
+    policy's: of before its own. All others: in every update, after the step."""
+    agent, batch = new_agent(script, name), first_batch(script, torch.randn(32, 3))
+    delayed = name in ("rebrac", "td3_bc", "spot")
+    for update in range(1, 5):
+        before = copy.deepcopy(agent)
+        agent.update(batch)
+        rate = 0.005 if not delayed or update % 2 == 0 else 0.0
+        pairs = [(agent.qf_target, before.qf_target, before.qf if script == "fql" else agent.qf)]
+        if delayed:
+            pairs.append((agent.actor_target, before.actor_target, (agent if name == "spot" else before).actor))
+        for target, old, followed in pairs:
+            for ours, was, new in zip(target.parameters(), old.parameters(), followed.parameters(), strict=True):
+                torch.testing.assert_close(ours, was + rate * (new - was), atol=1e-9, rtol=1e-6)
+                assert rate or torch.equal(ours, was)
+
+
 @pytest.mark.parametrize(("script", "name"), NAMES)
 def test_agents_in_a_loop_of_ones_own(script, name):
     """Update and act are all there is; infos hold no graph; docstrings name what is read of the arguments."""
-    module = MODULES[script]
-    quantizer = [ActionVQVAE(3, 2, 4, hidden=(8,))] if script in FLAGS else []
-    agent = module.make_agents(3, 2, *quantizer, module.Args())[name]
-    obs = torch.randn(32, 3)
-    columns = [obs, torch.rand(32, 2) * 2 - 1, torch.rand(32), obs + 1, torch.zeros(32), torch.arange(32) % 4]
-    batch = Transitions(*columns)
-    batch = module.Steps(*columns[:5], columns[1]) if script == "rebrac" else batch
+    agent, obs = new_agent(script, name), torch.randn(32, 3)
+    batch = first_batch(script, obs)
     before = copy.deepcopy(agent.state_dict())
     for _ in range(4):  # ReBRAC's policy moves in the second, its target first in the fourth
         info = agent.update(batch)
