@@ -462,7 +462,7 @@ class Run:
         name = f"{task}__{SCRIPT}__s{self.args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.folder = Path(self.args.out) / f".{name}"
         self.folder.mkdir(parents=True)
-        for path in (Path(__file__), Path(sys.modules["vqvae"].__file__)):  # the code as it ran
+        for path in (Path(__file__), Path(minimize.__code__.co_filename)):  # the code as it ran
             write_file(self.folder / path.name, path.read_text(encoding="utf-8"))
         self.save()
         return self.folder.rename(self.folder.with_name(name))
