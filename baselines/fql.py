@@ -303,8 +303,9 @@ def make_agents(obs_dim, action_dim, args):
 SCRIPT, OWN_STEPS = Path(__file__).stem, set()  # and the phases with a number of steps of their own
 PLAIN = dict(decay=False, normalize_obs=False, width=512, layers=4)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
-FREE_TO_EVALUATE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
-FREE_TO_RESUME = FREE_TO_EVALUATE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
+FREE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
+FREE_TO_EVALUATE = FREE | {"candidates"}
+FREE_TO_RESUME = FREE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 
 
 def defaults(env="maze2d-large-demos-v1", plain=False):
