@@ -86,7 +86,7 @@ class Args:
     act: Literal["greedy", "sample", "mean"] = "greedy"  # SAQ: the likeliest code, a drawn one, or the mean action
     support: float = 0.1  # SAQ: codes with less than this share of the prior's highest probability do not act
     # --- SAQ-CQL ---
-    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2; the paper halves that square: its 10 is 20; 0: QT-Opt
+    alpha: float = 20.0  # weight of the penalty beside (Q - y)^2, which the paper halves: its 10 is 20 here; 0: QT-Opt
     penalty: Literal["cql_h", "cql_rho", "v1"] = "cql_h"  # rho: codes weighed by the prior; v1: nothing pushed up
     target_every: int = 200  # steps between two copies of the Q network into its target
     weight_decay: float = 1e-3  # AdamW's weight decay (the official code hands it to Adam as beta1, by mistake)

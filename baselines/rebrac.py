@@ -164,8 +164,6 @@ def with_next_actions(data):
     known = torch.cat([follows, follows.new_zeros(1)]) | (data.terminals > 0)
     if not known.any():
         raise UserError("no transition's next action is known: rows must stand in the order in which they happened.")
-    if not known.all():
-        print(f"{(~known).sum()} of {len(known)} transitions are left out: what the data did next is unknown")
     next_actions = data.actions.roll(-1, 0)
     return Steps(*(column[known] for column in (*data[:5], next_actions)))
 
@@ -517,7 +515,8 @@ def main():
         units.set_units(data.obs)
     run = Run(args, {"units": units, **agents}, checksum, {})
     data = data._replace(obs=units.normalize(data.obs), next_obs=units.normalize(data.next_obs))
-    data = with_next_actions(data)
+    transitions, data = len(data.obs), with_next_actions(data)
+    print(f"next actions are known in {len(data.obs)} of {transitions} transitions; the others are left out")
     done = run.state["done"]
     if args.eval_only is not None:
         trained = {name: agent for name, agent in agents.items() if name in done}

@@ -257,8 +257,8 @@ def make_command(script, task, seed, flags, options):
 
 
 def flags_of_fit(flags):
-    """Those of `flags` that saq_bc.py has, but for agents' rates: what only agents read changes no fit, and it is shared
-    by runs with the flag and without."""
+    """Those of `flags` that saq_bc.py has, but for agents' rates: what only agents read changes no fit, so that runs
+    with and without it share one."""
     options = {field.name for field in fields(saq_bc.Args)} - {"decay"}
     kept = []
     for flag in re.split(r"\s+(?=--)", flags.strip()):

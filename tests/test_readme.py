@@ -175,10 +175,12 @@ def test_the_scores_that_results_md_names():
                 gains = [run.score - priors.get((task, run.quantizer, run.seed), 0) for run in cell]
                 fresh = [run.score for run in cell if run.seed > 5] or [0]
                 for values in [run.score for run in cell], [run.final for run in cell], gains, fresh:
-                    known.add("{:.1f} ± {:.1f}".format(*plot.mean_and_error(values)))
+                    mean, error = plot.mean_and_error(values)
+                    known.add(f"{round(mean, 1) + 0.0:.1f} ± {error:.1f}")
     text = (ROOT / "docs" / "results.md").read_text()
     section = text.split("## Every script on six datasets")[1].split("\n## ")[0]
-    named = set(re.findall(r"-?\d+\.\d ± \d+\.\d", " ".join(section.split())))
+    section = " ".join(section.replace("−", "-").split())
+    named = set(re.findall(r"-?\d+\.\d ± \d+\.\d", section))
     assert len(named) > 20
     assert not named - known
 
