@@ -40,6 +40,7 @@ import logging
 import math
 import os
 import queue
+import shlex
 import sys
 import threading
 import time
@@ -429,7 +430,7 @@ def plot_codes(vqvae, obs, actions, states=6):
     figure.suptitle(
         "What the codes mean in some states of the data: a code is a colour, black is the data's own action"
     )
-    for axes, row in zip(figure.subplots(1, states, sharey=True), rows.tolist(), strict=True):
+    for axes, row in zip(figure.subplots(1, states, sharey=True, squeeze=False)[0], rows.tolist(), strict=True):
         decoded = vqvae.decode(obs[row].expand(vqvae.num_codes, -1), codes).clamp(-1, 1).cpu()  # (K, A)
         action, usual = actions[row].cpu(), vqvae.prior_logits(obs[row : row + 1])[0].softmax(0).cpu()  # (A,), (K,)
         flat = len(action) == 2
@@ -482,7 +483,8 @@ def adamw(parameters, lr, weight_decay=0.0):
 
 def minimize(loss, info, *optimizers):
     """loss.backward(), optimizer.step(), optimizer.zero_grad(), for the parameters of `optimizers` alone: what else
-    `loss` has passed through (a critic, say, in a policy's loss) gets no gradient. Returns `info` for logging."""
+    `loss` has passed through (a critic, say, in a policy's loss) gets no gradient. Returns `info` for logging. Raises
+    UserError where parameters have moved to another device since their optimizer was made."""
     info = {name: value.detach() for name, value in info.items()}
     loss.backward(inputs=[p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]])
     apply_gradients(*optimizers)
@@ -675,15 +677,15 @@ def parts_of(learners):
 
 
 def is_finite(state):
-    """Whether all tensors in the state_dict of a module or an optimizer hold finite numbers."""
+    """Whether all networks' weights and optimizers' averages in a state_dict are finite."""
     if isinstance(state, torch.Tensor):
         return bool(state.isfinite().all())
     return all(is_finite(value) for value in state.values()) if isinstance(state, dict) else True
 
 
 def write_checkpoint(path, state, learners):
-    """Writes `state`, a dict, to `path`, and the states of all `parts_of` the learners as its "parts". Raises UserError
-    where one holds numbers that are not finite: what `path` held before stays."""
+    """Writes `state`, a dict, to `path`, after putting into it the states of all `parts_of` the learners, as "parts".
+    Raises UserError where one holds numbers that are not finite: what `path` held before stays."""
     state["parts"] = {name: part.state_dict() for name, part in parts_of(learners).items()}
     for name, its in state["parts"].items():
         if not is_finite(its):
@@ -694,8 +696,7 @@ def write_checkpoint(path, state, learners):
 def read_checkpoint(path, like, device="cpu", learners=None):
     """What `write_checkpoint` wrote to `path`: a dict with the keys of `like` and values of the same types; where one
     is a dict that holds something, with its keys too. Its "parts" are loaded into those of `learners`. Nothing in the
-    file is executed. Raises UserError where it is missing, foreign, damaged in any byte, or holds numbers that are not
-    finite."""
+    file is executed. Raises UserError where it is missing, foreign, damaged, or holds numbers that are not finite."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # compares checksums, which torch.load does not
             raise ValueError(f"{damaged} in it is damaged")
@@ -713,7 +714,8 @@ def read_checkpoint(path, like, device="cpu", learners=None):
     return state
 
 
-QUANTIZER_FIELDS = "quantizer num_codes vq_batch_size lr vq_decay normalize_obs action_only revive_every obs_noise"
+# What, beside the data and vq_steps, makes a quantizer what it is.
+FIT = "quantizer num_codes vq_batch_size lr vq_decay normalize_obs action_only revive_every obs_noise precision"
 
 
 def take_quantizer(args, checksum, vqvae):
@@ -726,7 +728,7 @@ def take_quantizer(args, checksum, vqvae):
     other = read_checkpoint(path, like)
     if other["data"][:1] != checksum[:1] or other["done"].get("quantizer") != args.vq_steps:
         raise UserError(f"{path} holds no quantizer that {args.vq_steps} steps (vq_steps) have fitted to these data.")
-    for name in QUANTIZER_FIELDS.split():
+    for name in FIT.split():
         if other["args"].get(name) != getattr(args, name):
             raise UserError(f"the quantizer in {path} has {name} {other['args'].get(name)}: pass the same.")
     read_checkpoint(path, like, args.device, {"quantizer": vqvae})
@@ -794,8 +796,8 @@ def check_numbers(arguments, **bounds):
     bounds = {name: pair for names, pair in LIMITS.items() for name in names.split()} | bounds
     for name, value in arguments.items():
         low, high = bounds.get(name, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            raise UserError(f"{name} must be a number between {low:g} and {high:g}, not {value:g}.")
+        if isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < math.inf):
+            raise UserError(f"{name} must be a number between {low:g} and {high:g}, not {value}.")
 
 
 def check_unchanged(arguments, begun, free):
@@ -807,7 +809,8 @@ def check_unchanged(arguments, begun, free):
 
 def make_env(name, dataset_path=None):
     """The environment of a task: a D4RL, robomimic or OGBench name from offline_envs, any Gymnasium id, or the id of a
-    Minari dataset; None for "none". Its `spec` makes more of them."""
+    Minari dataset; None for "none". Its `spec` makes more of them. Raises UserError where it cannot be made, or has no
+    flat Box spaces."""
     if name == "none":
         return None
     import gymnasium as gym
@@ -930,38 +933,48 @@ COLUMNS = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, ne
 
 def load_arrays(path, env):
     """The arrays of D4RL's layout in the .hdf5 or .npz file `path`, or the task's own where it is None. Tasks with a
-    dataset of their own read files themselves: robomimic's and OGBench's have other layouts."""
+    dataset of their own read files themselves: robomimic's and OGBench's have other layouts. Raises UserError where it
+    cannot be read."""
     own = env is not None and env.has_wrapper_attr("get_dataset")
     if path == "" or (path is None and not own):
         raise UserError("this task has no dataset of its own, or none is named: name a file (dataset_path).")
     try:
+        if path is not None and Path(path).exists():
+            check_file(path)
         if own:
             return env.get_wrapper_attr("get_dataset")(path)
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no file")
         if path.lower().endswith(".npz"):
             with np.load(path) as file:
                 return {key: file[key] for key in COLUMNS if key in file}
         import h5py
 
         with h5py.File(path) as file:
-            check_written(file)
             return {key: file[key][()] for key in COLUMNS if key in file}
     except Exception as error:  # h5py and numpy raise a dozen types over a missing or damaged file
         raise UserError(f"the dataset {path or 'of this task'} cannot be read: {one_line(error)}.") from None
 
 
-def check_written(file):
-    """Raises ValueError where an open HDF5 file would show zeros in place of data: columns that were declared and never
-    written, and virtual ones whose sources are gone."""
-    for key in {"observations", "actions", "rewards"} & set(file):
-        column, folder = file[key], Path(file.filename).parent
-        if column.is_virtual:
-            written = all((folder / source.file_name).exists() for source in column.virtual_sources())
-        else:
-            written = column.size == 0 or column.id.get_storage_size() > 0
-        if not written:
-            raise ValueError(f"its {key} were never written, or lie in another file that is gone")
+def check_file(path):
+    """Raises ValueError where `path` is no file, or an HDF5 file that would show zeros in place of data: columns that
+    were declared and never written (if none of it was: a part cannot be told), and virtual ones whose sources are gone.
+    Flags may be all zero."""
+    if not Path(path).is_file():
+        raise ValueError("it is no file")
+    if path.lower().endswith(".npz"):
+        return
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        return
+    with h5py.File(path) as file:
+        for key in {"observations", "actions", "rewards", "next_observations"} & set(file):
+            column, folder = file[key], Path(path).parent
+            if column.is_virtual:
+                written = all((folder / source.file_name).exists() for source in column.virtual_sources())
+            else:
+                written = column.size == 0 or column.id.get_storage_size() > 0
+            if not written:
+                raise ValueError(f"its {key} were never written, or lie in another file that is gone")
 
 
 def check_arrays(arrays, env):
@@ -973,10 +986,14 @@ def check_arrays(arrays, env):
             continue
         if key not in arrays:
             raise UserError(f"the dataset has no {key}: D4RL's layout is {', '.join(list(COLUMNS)[:4])}, timeouts.")
-        column = np.asarray(arrays[key])
+        try:
+            column = np.asarray(arrays[key])
+        except ValueError:  # rows of different lengths
+            column = np.asarray(None)
         if column.dtype.kind not in "fiub":
-            raise UserError(f"the dataset's {key} are not numbers.")
-        column = column.astype(np.float32, copy=False)
+            raise UserError(f"the dataset's {key} are not numbers, or not as many in each row.")
+        with np.errstate(over="ignore"):  # infinity is found below
+            column = column.astype(np.float32, copy=False)
         column = column[:, 0] if dims == 1 and column.shape[1:] == (1,) else column
         obs_shape = checked["observations"].shape if checked else column.shape
         misfit = key == "next_observations" and column.shape != obs_shape
@@ -994,7 +1011,8 @@ def check_arrays(arrays, env):
     for key, space in [("observations", env.observation_space), ("actions", env.action_space)] if env else ():
         size = checked[key].shape[1]
         if (size,) != space.shape:
-            raise UserError(f"the dataset's {key} have size {size}, those of {env.spec.id} {space.shape[0]}.")
+            kind = f"{type(space).__name__} of shape {space.shape}"
+            raise UserError(f"the dataset's {key} have size {size}, the environment's are a {kind}.")
     if env and not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
         low, high = env.action_space.low.astype(np.float32), env.action_space.high.astype(np.float32)
         checked["actions"] = 2 * (checked["actions"] - low) / (high - low) - 1  # make_eval_envs rescales them back
@@ -1003,7 +1021,7 @@ def check_arrays(arrays, env):
 
 def find_ends(arrays, limit):
     """True (N,) in the last row of each episode. Without timeouts, an episode also ends where the environment's time
-    limit (None: it has none) would have struck."""
+    limit (None: it has none) would have struck. Raises UserError where nothing marks an end."""
     terminals = arrays["terminals"] > 0
     if "timeouts" in arrays:
         ends = terminals | (arrays["timeouts"] > 0)
@@ -1031,7 +1049,7 @@ def make_transitions(arrays, env, device):
     if outside.any():
         largest = np.abs(arrays["actions"]).max()
         print(f"warning: {outside.sum()} of {len(outside)} actions leave [-1, 1], up to {largest:.3g}: clipped")
-    ends = find_ends(arrays, env.spec.max_episode_steps if env else None)
+    ends = find_ends(arrays, env.spec.max_episode_steps if env and env.spec else None)
     if returns is None:
         returns = np.add.reduceat(arrays["rewards"], np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1]))
 
@@ -1053,21 +1071,26 @@ def make_transitions(arrays, env, device):
 
 
 def scale_rewards(rewards, returns, scale, shift):
-    """rewards * scale + shift. A scale of 0 stands for IQL's: 1000 / (highest - lowest return of an episode)."""
+    """rewards (N,) * scale + shift. A scale of 0 stands for IQL's: 1000 / (highest - lowest), of the episodes' returns
+    (E,). Raises UserError where these are the same, up to float32's rounding."""
     if scale == 0:
-        if returns.max() == returns.min():
+        spread = returns.max() - returns.min()
+        if spread <= 1e-5 * np.abs(returns).max():
             raise UserError("all episodes have the same return: pass a reward_scale other than 0.")
-        scale = 1000 / (returns.max() - returns.min())
+        scale = 1000 / spread
     return scale * rewards + shift
 
 
 def exit_in_words(main):
-    """Runs a script's `main`. What its user can mend becomes one sentence on stderr and exit code 2; Ctrl-C is 130."""
+    """Runs a script's `main`. What its user can mend becomes one sentence on stderr and exit code 2. Ctrl-C, whose
+    arguments are what was stopped and the run's folder, becomes how to go on, and 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not know
     try:
         main()
     except KeyboardInterrupt as stop:
-        print(f"\n{stop}")
+        what, *folder = stop.args or ["stopped"]
+        how = shlex.join(["python", sys.argv[0], "--resume", *map(str, folder)])
+        print(f"\n{what}; go on with: {how}" if folder else f"\n{what}")
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # OSError: a full disk, say
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -452,7 +452,6 @@ class Run:
         names = ("torch", "numpy", "gymnasium", "mujoco")
         versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
         write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
-        self.how_to_go_on = f"go on with: python {sys.argv[0]} --resume {str(self.folder)!r}"
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
             signal.signal(number, self.interrupt)
 
@@ -495,7 +494,7 @@ class Run:
     def interrupt(self, *_):
         """During updates: finish the step, save, stop. Otherwise, and the second time: stop at once."""
         if self.stopping or not self.updating:
-            raise KeyboardInterrupt(f"stopped; {self.how_to_go_on}")
+            raise KeyboardInterrupt("stopped", self.folder)
         self.stopping = True
 
     def train(self, phase, updates, steps, evaluation):
@@ -527,7 +526,7 @@ class Run:
                 self.state["seconds"][phase] = seconds + clock() - began
                 self.save()
             if self.stopping:
-                raise KeyboardInterrupt(f"stopped in step {step} of {phase}; {self.how_to_go_on}")
+                raise KeyboardInterrupt(f"stopped in step {step} of {phase}", self.folder)
             if evaluate_now:
                 self.updating = False
                 values = evaluation() | {"seconds": self.state["seconds"][phase]}

@@ -103,7 +103,7 @@ def test_actions_outside_the_box_are_clipped_and_counted(capsys):
 def test_sizes_that_do_not_fit_the_environment(tmp_path):
     path = write(tmp_path / "d.npz", dataset(obs_dim=7))
     process = run_forked("--env", "Pendulum-v1", "--dataset-path", path, "--out", tmp_path / "runs")
-    assert "observations have size 7, those of Pendulum-v1 3" in one_sentence(process)
+    assert "observations have size 7, the environment's are a Box of shape (3,)" in one_sentence(process)
 
 
 def empty(path):
@@ -308,6 +308,17 @@ def test_returns_that_cannot_be_scaled():
     torch.testing.assert_close(scale_rewards(rewards, np.array([0.0, 500.0]), 0, -1), rewards)
     with pytest.raises(UserError, match="same return"):
         scale_rewards(rewards, np.array([2.0, 2.0]), 0, 0)
+    rewards = np.float32([0.1, 0.2, 0.3, 0.4, 0.7])  # the same in another order: float32 adds up to another number
+    returns = np.add.reduceat(np.concatenate([rewards, rewards[::-1]]), [0, 5])
+    assert returns[0] != returns[1]
+    with pytest.raises(UserError, match="same return"):
+        scale_rewards(rewards, returns, 0, 0)
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    line = one_sentence(run_forked("--device", "cuda", "--out", tmp_path / "runs"))
+    assert line == "error: PyTorch sees no CUDA device here: choose device cpu."
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_is_no_run(tmp_path):

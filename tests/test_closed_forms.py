@@ -12,9 +12,12 @@ from conftest import dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vqvae as vqvae_module
 from saq_cql import Actor, Args, ContinuousCQL, DiscreteCQL, exact_log_z, learn
 from vqvae import (
     ActionVQVAE,
+    Aquadem,
+    Mixture,
     Transitions,
     adamw,
     codebook_health,
@@ -296,6 +299,30 @@ def test_dead_codes_are_revived_and_living_ones_stay():
     assert revive_dead_codes(vqvae, obs, actions) == 6
     assert torch.equal(vqvae.codebook[:2], before[:2])
     assert (torch.cdist(vqvae.codebook[2:], z).min(1).values < 1e-3).all()
+
+
+def test_when_codes_are_revived(monkeypatch):
+    """Every so many steps, of the first 90%; 0: never; of a VQ-VAE alone."""
+    obs, actions, seen = torch.randn(64, 3), torch.rand(64, 2), []
+    monkeypatch.setattr(vqvae_module, "revive_dead_codes", lambda *_: seen.append(len(done) + 1))
+    for quantizer, every, expected in [
+        (ActionVQVAE(3, 2, 4, hidden=(8,)), 4, [4, 8, 12, 16]),
+        (ActionVQVAE(3, 2, 4, hidden=(8,)), 5, [5, 10, 15]),
+        (ActionVQVAE(3, 2, 4, hidden=(8,)), 0, []),
+        (Mixture(3, 2, 4), 4, []),
+    ]:
+        done, seen[:] = [], []
+        for info in fit(quantizer, obs, actions, steps=20, batch_size=8, revive_every=every):
+            done.append(info)
+        assert seen == expected
+
+
+@pytest.mark.parametrize("kind", [ActionVQVAE, Mixture, Aquadem])
+def test_a_dataset_is_encoded_row_by_row(kind):
+    quantizer, obs, actions = kind(3, 2, 8), torch.randn(50, 3), torch.rand(50, 2)
+    codes = quantizer.encode(obs, actions)
+    assert len(codes.unique()) > 1
+    assert torch.equal(quantizer.encode_dataset(obs, actions, chunk=7), codes)
 
 
 def test_noise_is_on_observations_alone_and_drawn_anew(monkeypatch):

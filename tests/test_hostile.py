@@ -1,12 +1,15 @@
 """What people, disks, schedulers and other people's environments do to a run: nothing is lost, and words are said."""
 
 import collections
+import dataclasses
 import errno
+import importlib
 import json
 import math
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -16,6 +19,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import tiny_envs
 import torch
 from conftest import (
     ROOT,
@@ -37,6 +41,8 @@ from vqvae import ActionVQVAE, UserError, check_numbers, load_arrays, make_env, 
 
 SHORT = ["--vq-steps", 6, "--steps", 6, "--eval-every", 3, "--log-every", 2, "--eval-episodes", 1]
 SHORT += ["--final-episodes", 2, "--num-codes", 2, "--batch-size", 16]
+SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc"]
+SCRIPTS += [f"baselines.{name}" for name in ("rebrac", "fql", "awac", "bear", "spot")]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +228,7 @@ def test_a_signal_between_two_log_entries(tiny, tmp_path, straight, number):
     process = run_forked(*tiny, "--out", tmp_path, before=("signal_in_update", number, 7))
     folder = only_run(tmp_path)
     assert process.returncode == 130
-    assert f"stopped in step 1 of saq_cql; go on with: python {ROOT}/saq_cql.py --resume '{folder}'" in process.stdout
+    assert f"stopped in step 1 of saq_cql; go on with: python {ROOT}/saq_cql.py --resume {folder}" in process.stdout
     assert checkpoint(folder)["done"] == {"quantizer": 6, "saq_cql": 1}
     succeeded(run_forked("--resume", folder))
     assert_same_run(folder, straight)
@@ -232,22 +238,37 @@ def test_a_signal_between_two_log_entries(tiny, tmp_path, straight, number):
 def test_ctrl_c_in_an_evaluation_stops_at_once(tiny, tmp_path, straight, step, when):
     process = run_forked(*tiny, "--out", tmp_path, env={"TINY": "SIGINT", "TINY_AT": str(step)})
     assert process.returncode == 130
-    assert f"stopped; go on with: python {ROOT}/saq_cql.py --resume '{only_run(tmp_path)}'" in process.stdout
+    assert f"stopped; go on with: python {ROOT}/saq_cql.py --resume {only_run(tmp_path)}" in process.stdout
     succeeded(run_forked("--resume", only_run(tmp_path)))
     assert_same_run(only_run(tmp_path), straight)
 
 
-def test_a_run_goes_on_another_device_and_where_its_data_have_moved(run, straight, data, tmp_path):
+def test_a_run_goes_on_where_its_data_have_moved(run, straight, data, tmp_path):
     state = checkpoint(run)
-    state["args"] |= {"device": "cuda", "dataset_path": "gone.npz"}
+    state["args"] |= {"dataset_path": "gone.npz"}
     torch.save(state, run / "checkpoint.pt")
     moved = shutil.copy(data, tmp_path / "moved.npz")
-    succeeded(run_forked("--resume", run, "--device", "cpu", "--dataset-path", moved))
+    succeeded(run_forked("--resume", run, "--dataset-path", moved))
     assert_same_run(run, straight)
     other = write(tmp_path / "other.npz", dataset(n=60, episode=5, seed=1))
     paid = write(tmp_path / "paid.npz", {**np.load(data), "rewards": np.zeros(60)})  # the same but for the rewards
     for file in (other, paid):
         assert "has begun on other data than these" in one_sentence(run_forked("--resume", run, "--dataset-path", file))
+
+
+def test_a_run_goes_on_another_device(tiny, tmp_path):
+    """What was stopped on a GPU, whose random numbers are of no use here, goes on with others."""
+    run_forked(*tiny, "--out", tmp_path, before=("signal_in_update", signal.SIGTERM, 9))
+    folder = only_run(tmp_path)
+    state = checkpoint(folder)
+    assert state["done"] == {"quantizer": 6, "saq_cql": 3}
+    state["args"] |= {"device": "cuda"}
+    state["rng"] = {stream.replace("cpu", "cuda"): numbers for stream, numbers in state["rng"].items()}
+    torch.save(state, folder / "checkpoint.pt")
+    succeeded(run_forked("--resume", folder, "--device", "cpu"))
+    state = checkpoint(folder)
+    assert state["done"] == {"quantizer": 6, "saq_cql": 6, "cql": 6}
+    assert {"saq_cql on cuda", "saq_cql on cpu"} <= state["rng"].keys()
 
 
 def test_six_runs_at_once(tiny, tmp_path):
@@ -273,7 +294,9 @@ def test_evaluating_leaves_a_published_run_alone(run):
     for name in ("metrics.csv", "args.json", ".lock"):
         (run / name).unlink(missing_ok=True)
     before, times = files(run), {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+    run.chmod(0o500)
     succeeded(run_forked("--eval-only", run))
+    run.chmod(0o700)
     assert files(run) == before
     assert {file.name: file.stat().st_mtime_ns for file in run.iterdir()} == times
 
@@ -292,7 +315,7 @@ def test_an_empty_name_is_a_mistake(tiny, tmp_path, flag):
 def test_more_than_memory_holds(tiny, tmp_path, name):
     flag = f"--{name.replace('_', '-')}"
     line = one_sentence(run_forked(*tiny, "--out", tmp_path / "runs", flag, 10**12))
-    assert f"{name} must be a number between 1 and 1e+09, not 1e+12" in line
+    assert f"{name} must be a number between 1 and 1e+09, not 1000000000000" in line
     memory = {resource.RLIMIT_AS: 4 << 30}
     line = one_sentence(run_forked(*tiny, "--out", tmp_path / "runs", flag, 900_000_000, limits=memory))
     assert line.endswith("Fewer codes, smaller batches or fewer samples take less memory.")
@@ -307,8 +330,23 @@ def test_numbers_that_are_none(name, value):
         check_numbers(vars(saq_cql.Args()) | {name: float(value)})
 
 
-def test_no_script_has_a_number_without_limits(tmp_path):
-    """They are refused before anything is read or made."""
+@pytest.mark.parametrize("name", ["steps", "reward_shift"])
+def test_a_number_of_any_length_is_shown(name):
+    with pytest.raises(UserError, match=f"{name} must be a number between .*, not 10{'0' * 399}"):
+        check_numbers({name: 10**400}, reward_shift=(-1, 1))
+    with pytest.raises(UserError, match="steps must be a number between 1 and 1e\\+09, not 1000000001"):
+        check_numbers({"steps": 10**9 + 1})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_limits(script):
+    """But for a shift of rewards, which may be any number."""
+    known = {name for names in vqvae.LIMITS for name in names.split()}
+    kinds = {field.name: field.type for field in dataclasses.fields(importlib.import_module(script).Args)}
+    assert {name for name, kind in kinds.items() if kind in (int, float, float | None)} - known == {"reward_shift"}
+
+
+def test_numbers_are_refused_before_anything_is_made(tmp_path):
     for script in ("saq_iql.py", "saq_brac.py"):
         line = one_sentence(run_forked("--beta", "inf", "--out", tmp_path / "runs", script=script))
         assert "beta must be a number between" in line
@@ -390,6 +428,18 @@ def test_columns_that_were_never_written(tmp_path):
         load_arrays(str(tmp_path / "d.hdf5"), None)
 
 
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards", "next_observations"])
+@pytest.mark.parametrize("name", ["none", "kitchen-mixed-v0"])
+def test_one_column_that_was_never_written(tmp_path, key, name):
+    arrays = dataset(obs_dim=60, action_dim=9)
+    arrays["next_observations"] = arrays["observations"]
+    with h5py.File(tmp_path / "d.hdf5", "w") as file:
+        for other, array in arrays.items():
+            file.create_dataset(other, array.shape, array.dtype, None if other == key else array)
+    with pytest.raises(UserError, match=f"d.hdf5 cannot be read: its {key} were never written"):
+        load_arrays(str(tmp_path / "d.hdf5"), make_env(name))
+
+
 def test_virtual_columns_whose_source_is_gone(tmp_path):
     write(tmp_path / "source.hdf5", dataset())
     with h5py.File(tmp_path / "d.hdf5", "w") as file:
@@ -404,11 +454,11 @@ def test_virtual_columns_whose_source_is_gone(tmp_path):
         load_arrays(str(tmp_path / "d.hdf5"), None)
 
 
-@pytest.mark.parametrize("name", ["d.npz", "d.hdf5"])
-def test_a_pipe_is_no_dataset(tmp_path, name):
+@pytest.mark.parametrize(("env", "name"), [("none", "d.npz"), ("none", "d.hdf5"), ("hopper-expert-v2", "d.hdf5")])
+def test_a_pipe_is_no_dataset(tmp_path, env, name):
     """Opening it would wait for ever for somebody to write."""
     os.mkfifo(tmp_path / name)
-    command = ["--env", "none", "--dataset-path", tmp_path / name]
+    command = ["--env", env, "--dataset-path", tmp_path / name]
     assert "it is no file" in one_sentence(Forked(*command).wait(timeout=60))
 
 
@@ -424,31 +474,85 @@ def test_rewards_of_several_columns_are_refused():
         make_transitions(arrays, None, torch.device("cpu"))
 
 
+def test_rewards_and_flags_may_be_columns():
+    arrays = dataset()
+    columns = arrays | {key: arrays[key][:, None] for key in ("rewards", "terminals", "timeouts")}
+    (flat, returns), (data, same) = (make_transitions(a, None, torch.device("cpu")) for a in (arrays, columns))
+    assert all(torch.equal(one, other) for one, other in zip(flat, data, strict=True))
+    np.testing.assert_array_equal(returns, same)
+
+
+def test_an_environment_of_ones_own():
+    """Made by its class, it has no spec; and not every one has vectors of actions."""
+    make_transitions(dataset(), tiny_envs.Tiny(), torch.device("cpu"))
+    for name, space in [("Discrete", gym.spaces.Discrete(3)), ("Box", gym.spaces.Box(-1, 1, (2, 2)))]:
+        env = tiny_envs.Tiny()
+        env.action_space = space
+        with pytest.raises(UserError, match=f"actions have size 1, the environment's are a {name} of shape"):
+            make_transitions(dataset(), env, torch.device("cpu"))
+
+
+def test_rows_of_different_lengths_and_numbers_beyond_float32(recwarn):
+    arrays = dataset()
+    with pytest.raises(UserError, match="actions are not numbers, or not as many in each row"):
+        make_transitions(arrays | {"actions": [[0.0], [0.0, 1.0]] * 200}, None, torch.device("cpu"))
+    with pytest.raises(UserError, match="rewards hold NaN, infinity or numbers beyond 1e10 in 400 rows"):
+        make_transitions(arrays | {"rewards": np.full(400, 1e300)}, None, torch.device("cpu"))
+    assert not recwarn.list
+
+
 # --- Weights & Biases, terminals, folders ---
 
 WANDB = """
+import json
 class Settings:
     def __init__(self, **kwargs):
         pass
-run = None
+class Run:
+    def define_metric(self, *args, **kwargs):
+        pass
+    def log(self, row):
+        {log}
+        open({rows!r}, "a").write(json.dumps(row) + chr(10))
+    def finish(self):
+        pass
 def init(**kwargs):
-    open({record!r}, "a").write(repr(kwargs.get("id")) + chr(10))
-    raise {error}
-def log(*args, **kwargs):
-    raise {error}
+    open({ids!r}, "a").write(repr(kwargs.get("id")) + chr(10))
+    {init}
+    return Run()
 """
 
 
-@pytest.mark.parametrize("error", ["ValueError('no login\\nhere')", "OSError('no network')"])
-def test_tracking_that_fails_is_one_warning(tiny, tmp_path, straight, error):
+def test_what_is_logged_is_tracked(tiny, tmp_path):
+    """Every number in metrics.csv, with its step."""
+    stub = WANDB.format(rows=str(tmp_path / "rows"), ids=str(tmp_path / "ids"), log="pass", init="pass")
+    (tmp_path / "wandb.py").write_text(stub)
+    succeeded(run_forked(*tiny, "--out", tmp_path / "runs", "--track", path=[tmp_path]))
+    tracked = []
+    for row in map(json.loads, (tmp_path / "rows").read_text().splitlines()):
+        step = row.pop("step")
+        tracked += [[str(step), name, f"{value:.6g}"] for name, value in row.items() if not name.endswith("/seconds")]
+    assert tracked == metrics(only_run(tmp_path / "runs"))[1:]
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("init", "raise ValueError('no login\\nhere')"),
+        ("init", "raise OSError('no network')"),
+        ("log", "raise OSError('no network')"),
+    ],
+)
+def test_tracking_that_fails_is_one_warning(tiny, tmp_path, straight, where, error):
     """Whatever Weights & Biases raises: training goes on, and comes to the same."""
-    (tmp_path / "wandb.py").write_text(WANDB.format(record=str(tmp_path / "ids"), error=error))
+    broken = {"init": "pass", "log": "pass"} | {where: error}
+    stub = WANDB.format(rows=str(tmp_path / "rows"), ids=str(tmp_path / "ids"), **broken)
+    (tmp_path / "wandb.py").write_text(stub)
     process = succeeded(run_forked(*tiny, "--out", tmp_path / "runs", "--track", path=[tmp_path]))
     assert process.stdout.count("warning: not logged to Weights & Biases") == 1
     folder = only_run(tmp_path / "runs")
     assert_same_run(folder, straight)
     # Identifiers are the folder's name, also where the folder is named ".", and hold nothing that W&B refuses.
-    shutil.copy(ROOT / "saq_cql.py", tmp_path)
     again = run_forked("--resume", ".", "--track", cwd=folder, script=str(ROOT / "saq_cql.py"), path=[tmp_path])
     succeeded(again)
     ids = [line.strip("'") for line in (tmp_path / "ids").read_text().splitlines()]
@@ -457,14 +561,16 @@ def test_tracking_that_fails_is_one_warning(tiny, tmp_path, straight, error):
 
 
 def test_a_folder_whose_name_is_a_command(tiny, tmp_path):
-    """The code lies in it; nothing of the name is executed."""
-    folder = tmp_path / "x'; touch PWNED; echo '"
+    """What is printed to go on with can be pasted into a shell."""
+    folder = tmp_path / "my 'own'; touch PWNED; echo $HOME"
     folder.mkdir()
     for name in ("saq_cql.py", "vqvae.py"):
         shutil.copy(ROOT / name, folder)
-    succeeded(run_forked(*tiny, "--no-compare", cwd=folder))
-    assert not list(tmp_path.rglob("PWNED"))
-    assert "syntax error" not in (only_run(folder / "runs") / "args.json").read_text().lower()
+    how = {"script": str(folder / "saq_cql.py"), "before": ("signal_in_update", signal.SIGTERM, 7)}
+    process = run_forked(*tiny, "--no-compare", "--out", folder / "runs", **how)
+    (line,) = [line for line in process.stdout.splitlines() if "go on with: " in line]
+    words = ["python", str(folder / "saq_cql.py"), "--resume", str(only_run(folder / "runs"))]
+    assert shlex.split(line.split("go on with: ")[1]) == words
 
 
 def test_a_terminal_that_knows_ascii_only(tiny, tmp_path):

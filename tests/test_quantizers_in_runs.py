@@ -14,7 +14,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
-from vqvae import QUANTIZERS
+from vqvae import FIT, QUANTIZERS
 
 SHORT = ["--env", "tiny_envs:Tiny-v0", "--no-compare", "--eval-episodes", 1, "--final-episodes", 1, "--num-codes", 4]
 SHORT += ["--vq-steps", 40, "--steps", 40, "--eval-every", 20, "--log-every", 10]
@@ -76,17 +76,27 @@ def test_a_quantizer_that_another_run_fitted_changes_nothing(runs, quantizer, sc
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--vq-steps", 41], r"no quantizer that 41 steps \(vq_steps\) have fitted to these data"),
-        (["--num-codes", 5], "has num_codes 4: pass the same"),
-        (["--quantizer", "vqvae"], "has quantizer mixture: pass the same"),
-        (["--lr", 1e-3], "has lr 0.0003: pass the same"),
-        (["--no-normalize-obs"], "has normalize_obs True: pass the same"),
-        (["--obs-noise", 0.1], "has obs_noise 0.0: pass the same"),
-    ],
-)
+OTHERS = {  # a flag, and what stands in the run whose quantizer is asked for
+    "quantizer": (["--quantizer", "vqvae"], "mixture"),
+    "num_codes": (["--num-codes", 5], "4"),
+    "vq_batch_size": (["--vq-batch-size", 32], "256"),
+    "lr": (["--lr", 1e-3], "0.0003"),
+    "vq_decay": (["--no-vq-decay"], "True"),
+    "normalize_obs": (["--no-normalize-obs"], "True"),
+    "action_only": (["--action-only"], "False"),
+    "revive_every": (["--revive-every", 7], "100"),
+    "obs_noise": (["--obs-noise", 0.1], "0.0"),
+    "precision": (["--precision", "bfloat16"], "float32"),
+}
+REFUSALS = [(flags, f"has {name} {value}: pass the same") for name, (flags, value) in OTHERS.items()]
+REFUSALS += [(["--vq-steps", 41], r"no quantizer that 41 steps \(vq_steps\) have fitted to these data")]
+
+
+def test_every_setting_of_a_fit_is_compared():
+    assert OTHERS.keys() == set(FIT.split())
+
+
+@pytest.mark.parametrize(("flags", "sentence"), REFUSALS)
 def test_another_quantizer_is_refused(runs, flags, sentence, tmp_path):
     flags = ["--quantizer", "mixture", "--quantizer-from", runs("saq_bc", "--quantizer", "mixture"), *flags]
     process = run_forked("--out", tmp_path, "--dataset-path", runs.data, *SHORT, *flags, script="saq_iql.py")

@@ -183,8 +183,3 @@ def test_the_scores_that_results_md_names():
     named = set(re.findall(r"-?\d+\.\d ± \d+\.\d", section))
     assert len(named) > 20
     assert not named - known
-
-
-def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / name).exists(), name

@@ -188,20 +188,26 @@ def test_options_of_the_quantizer_and_tracking(tmp_path):
 
 
 def test_compiled_training_is_the_same_training(tmp_path):
-    """--compile and eager runs agree up to rounding, and a machine without a compiler falls back."""
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    short = ["--vq-steps", 20, "--steps", 20, "--eval-every", 20, "--eval-episodes", 1, "--final-episodes", 1]
-    short += ["--no-compare"]
-    losses = []  # of saq_bc.py, which compiles fastest
-    for name, flag, environment in [
-        ("eager", "off", env),
-        ("compiled", "on", env),
-        ("fallback", "on", {**env, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}),
+    """It agrees with eager training up to rounding, resumes bit for bit, and falls back where there is no compiler."""
+    data = write(tmp_path / "tiny.npz", dataset(n=60, episode=5))
+    flags = ["--env", "tiny_envs:Tiny-v0", "--dataset-path", data, "--no-compare", "--vq-steps", 20, "--steps", 20]
+    flags += ["--eval-every", 10, "--log-every", 5, "--eval-episodes", 1, "--final-episodes", 1]
+    paths = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT / "tests")}
+    env, losses = {**os.environ, **paths}, {}  # of saq_bc.py, which compiles fastest
+    for name, flag, more in [
+        ("eager", "off", {}),
+        ("compiled", "on", {}),
+        ("stopped", "on", {"TINY": "SIGTERM", "TINY_AT": "3"}),  # in its first evaluation
+        ("fallback", "on", {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}),
     ]:
-        process = run_script("--out", tmp_path / name, "--compile", flag, *short, script="saq_bc.py", env=environment)
-        assert process.returncode == 0, process.stderr
+        process = run_script("--out", tmp_path / name, "--compile", flag, *flags, script="saq_bc.py", env=env | more)
+        assert process.returncode == (130 if name == "stopped" else 0), process.stderr
         assert ("torch.compile failed" in process.stdout) == (name == "fallback")
         with open(only_run(tmp_path / name) / "metrics.csv") as file:
-            losses.append([float(row["value"]) for row in csv.DictReader(file) if row["name"].endswith("/loss")])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    assert losses[2] == losses[0]
+            losses[name] = [float(row["value"]) for row in csv.DictReader(file) if row["name"].endswith("/loss")]
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-2)
+    assert losses["fallback"] == losses["eager"]
+    stopped = only_run(tmp_path / "stopped")
+    assert checkpoint(stopped)["done"] == {"quantizer": 20, "saq_bc": 10}
+    succeeded(run_script("--resume", stopped, script="saq_bc.py", env=env))
+    assert_same_run(only_run(tmp_path / "compiled"), stopped)
