@@ -1083,14 +1083,14 @@ def scale_rewards(rewards, returns, scale, shift):
 
 def exit_in_words(main):
     """Runs a script's `main`. What its user can mend becomes one sentence on stderr and exit code 2. Ctrl-C, whose
-    arguments are what was stopped and the run's folder, becomes how to go on, and 130."""
+    arguments are what was stopped and with what to call the script to go on, becomes a line of them, and 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold letters that the terminal does not know
     try:
         main()
     except KeyboardInterrupt as stop:
-        what, *folder = stop.args or ["stopped"]
-        how = shlex.join(["python", sys.argv[0], "--resume", *map(str, folder)])
-        print(f"\n{what}; go on with: {how}" if folder else f"\n{what}")
+        what, *options = stop.args or ["stopped"]
+        command = shlex.join(["python", sys.argv[0], *map(str, options)])
+        print(f"\n{what}; go on with: {command}" if options else f"\n{what}")
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # OSError: a full disk, say
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

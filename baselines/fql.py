@@ -436,7 +436,7 @@ class Run:
     def interrupt(self, *_):
         """During updates: finish the step, save, stop. Otherwise, and the second time: stop at once."""
         if self.stopping or not self.updating:
-            raise KeyboardInterrupt("stopped", self.folder)
+            raise KeyboardInterrupt("stopped", "--resume", self.folder)
         self.stopping = True
 
     def train(self, phase, updates, steps, evaluation):
@@ -468,7 +468,7 @@ class Run:
                 self.state["seconds"][phase] = seconds + clock() - began
                 self.save()
             if self.stopping:
-                raise KeyboardInterrupt(f"stopped in step {step} of {phase}", self.folder)
+                raise KeyboardInterrupt(f"stopped in step {step} of {phase}", "--resume", self.folder)
             if evaluate_now:
                 self.updating = False
                 values = evaluation() | {"seconds": self.state["seconds"][phase]}
