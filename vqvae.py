@@ -781,7 +781,7 @@ LIMITS = {  # the lowest and the highest value allowed, in all scripts
     "steps vq_steps vae_steps batch_size vq_batch_size num_codes": (1, 1e9),
     "log_every eval_every eval_episodes final_episodes": (1, 1e9),
     "target_every cql_samples layers width flow_steps candidates samples backup_samples": (1, 1e9),
-    "seed lr weight_decay reward_scale revive_every video best_of obs_noise": (0, 1e9),
+    "seed lr price_lr weight_decay reward_scale revive_every video best_of obs_noise": (0, 1e9),
     "alpha beta cql_alpha actor_beta critic_beta noise epsilon code_weight density_weight online_steps": (0, 1e9),
     "discount polyak average support warm_up online_weight hard": (0, 1),
     "expectile": (0.001, 0.999),

@@ -91,6 +91,7 @@ class Args:
     # --- Both BEARs ---
     epsilon: float = 0.05  # the root of MMD^2 that is allowed
     sigma: float = 20.0  # bandwidth of the kernel, not squared in it (as the authors')
+    price_lr: float = 0.01  # learning rate of the constraint's price (the authors: 0.001, in 300 times as many steps)
     warm_up: float = 0.04  # share of the steps in which the policy only comes near the data (the authors: 0.013)
     polyak: float = 0.005  # rate at which target networks follow
     samples: int = 4  # draws of either policy that estimate the discrepancy; over codes, in the figure alone
@@ -143,7 +144,7 @@ class Price(nn.Module):
         super().__init__()
         self.args = args
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.optimizer = adamw([self.log_alpha], 1e-3)
+        self.optimizer = adamw([self.log_alpha], args.price_lr)
 
     def excess(self, mmd):
         """How far the root of MMD^2 (B,) exceeds what is allowed, on average."""
@@ -151,8 +152,7 @@ class Price(nn.Module):
 
     def update(self, excess):
         """A step of Adam, up while the constraint is violated, down while it is not; within the authors' bounds."""
-        loss = -self.log_alpha * excess.detach()
-        minimize(loss, {}, self.optimizer)
+        minimize(-self.log_alpha * excess.detach(), {}, self.optimizer)
         with torch.no_grad():
             self.log_alpha.clamp_(-5, 10)
 
@@ -165,7 +165,7 @@ class DiscreteBEAR(nn.Module):
 
     A training loop calls `update(batch)` and nothing else; `act(obs)` is the policy, for observations as
     `vqvae.normalize` returns them. The quantizer is a part of the agent: what state_dict() saves can act again.
-    Read of `args`: lr, steps, discount, epsilon, sigma, warm_up, polyak, samples, act, support."""
+    Read of `args`: lr, price_lr, steps, discount, epsilon, sigma, warm_up, polyak, samples, act, support."""
 
     def __init__(self, obs_dim, vqvae, args):
         super().__init__()
@@ -278,7 +278,7 @@ class CVAE(nn.Module):
 class ContinuousBEAR(nn.Module):
     """BEAR with twin critics, a CVAE as the model of the dataset, and the MMD of a few draws before tanh.
 
-    Its protocol is DiscreteBEAR's. Read of `args`: lr, steps, discount, epsilon, sigma, warm_up, polyak, samples,
+    Its protocol is DiscreteBEAR's. Read of `args`: lr, price_lr, steps, discount, epsilon, sigma, warm_up, polyak, samples,
     backup_samples."""
 
     def __init__(self, obs_dim, action_dim, args):
@@ -359,6 +359,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 
 SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
+PLAIN |= dict(price_lr=1e-3)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
 FREE_TO_EVALUATE = FREE | {"act", "support"}

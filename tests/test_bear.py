@@ -137,6 +137,9 @@ def test_the_price_rises_while_the_constraint_is_violated():
             before = price.log_alpha.item()
             price.update(torch.tensor(excess))
             assert (price.log_alpha.item() > before) == (excess > 0)
+    price = Price(Args(price_lr=0.02))
+    price.update(torch.tensor(1.0))
+    assert price.log_alpha.item() == pytest.approx(0.02)  # Adam's first step is of the rate's size
     price.log_alpha.data.fill_(50.0)
     price.update(torch.tensor(1.0))
     assert price.log_alpha.item() == 10
