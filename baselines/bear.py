@@ -278,8 +278,8 @@ class CVAE(nn.Module):
 class ContinuousBEAR(nn.Module):
     """BEAR with twin critics, a CVAE as the model of the dataset, and the MMD of a few draws before tanh.
 
-    Its protocol is DiscreteBEAR's. Read of `args`: lr, price_lr, steps, discount, epsilon, sigma, warm_up, polyak, samples,
-    backup_samples."""
+    Its protocol is DiscreteBEAR's. Read of `args`: lr, price_lr, steps, discount, epsilon, sigma, warm_up, polyak,
+    samples, backup_samples."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
