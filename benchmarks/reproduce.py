@@ -142,12 +142,15 @@ OGBENCH_BUDGET = dict(steps=20_000, vq_steps=15_000, eval_every=2_000, final_epi
 PAPER_BUDGET = dict(steps=1_000_000, vq_steps=500_000, eval_every=50_000, final_episodes=100)
 # Of today's tables, what differs by task, by script, or by both. All episodes of the expert's file return nearly the
 # same, which IQL's scaling of rewards would blow up. The door's 25 demonstrations would be learned by heart without
-# noise. Two weights are published for a million steps: IQL's inverse temperature, here a thirtieth, since advantages
-# are noise at first; and ReBRAC's of the distance, here ten times it, since it does not hold a policy while Q is wrong.
+# noise. Three weights are published for a million steps: IQL's inverse temperature, here a thirtieth, since advantages
+# are noise at first; ReBRAC's of the distance and SPOT's of the density, here ten times those, since they do not hold a
+# policy while Q is wrong.
 TASK_FLAGS = {MAZE: "--batch-size 256", "hopper-expert-v2": "--reward-scale 1", "door-human-v0": "--obs-noise 0.1"}
 SCRIPT_FLAGS = {"saq_iql": "--beta 0.1"}
 REBRAC_BETAS = dict(zip(SMALL[1:], (1.0, 0.1, 0.5, 0.1, 1.0), strict=True))
+SPOT_WEIGHTS = dict(zip(SMALL[1:], (1.0, 1.0, 1.0, 0.5, 10.0), strict=True))
 RUN_FLAGS = {("baselines/rebrac", task): f"--actor-beta {beta}" for task, beta in REBRAC_BETAS.items()}
+RUN_FLAGS |= {("baselines/spot", task): f"--density-weight {weight}" for task, weight in SPOT_WEIGHTS.items()}
 # Of the paper's tables, where one value of --plain does not serve all: K of Aquadem, and SAQ-IQL's lambda.
 PAPER_CODE_FLAGS = {"aquadem": "--num-codes 10"}
 # The authors' for adroit; for antmaze, of which none is known, ours.
@@ -170,9 +173,7 @@ class Options:
     address: str | None = None  # of a Ray cluster, or "auto"; without it, Ray is started here
     cpus_per_run: float = 1.0  # cores, and threads, of a run
     gpus_per_run: float = 0.0  # GPUs of a run: 0.2 puts five on one
-    table: Path | None = (
-        None  # where results are gathered; None: benchmarks/results/NAME.csv, with --paper NAME-paper.csv
-    )
+    table: Path | None = None  # where results are gathered; None: benchmarks/results/NAME.csv (--paper: NAME-paper.csv)
     fits: Path = ROOT / "runs" / "fits"  # where fitted quantizers are kept
     dry_run: bool = False  # print the commands and what they would take, and run nothing
 

@@ -85,12 +85,18 @@ def test_every_agent_of_a_task_gets_its_flags():
         assert all(f" {flags} " in f"{command} " for command in commands)
 
 
-def test_rebracs_weight_is_ten_times_the_published_one():
-    rebrac = importlib.import_module("rebrac")
-    for task, beta in reproduce.REBRAC_BETAS.items():
-        assert beta == pytest.approx(10 * rebrac.defaults(task).actor_beta)
-        (command,) = plan("small", tasks=(task,), agents=("rebrac",))
-        assert f" --actor-beta {beta} " in f"{command} "
+@pytest.mark.parametrize(
+    ("script", "field", "weights"),
+    [("rebrac", "actor_beta", reproduce.REBRAC_BETAS), ("spot", "density_weight", reproduce.SPOT_WEIGHTS)],
+)
+def test_weights_of_a_million_steps_are_taken_ten_times(script, field, weights):
+    flag, published = f"--{field.replace('_', '-')}", importlib.import_module(script).defaults
+    assert weights.keys() == set(reproduce.SMALL[1:])
+    for task, weight in weights.items():
+        assert weight == pytest.approx(10 * getattr(published(task), field))
+        agent = reproduce.SCRIPTS[f"baselines/{script}"][0]
+        (command,) = (command for command in plan("small", tasks=(task,), agents=(agent,)) if script in command)
+        assert f" {flag} {weight} " in f"{command} "
     assert not any("--actor-beta" in command for command in plan("ogbench", agents=("rebrac",)))
 
 
