@@ -131,7 +131,7 @@ def test_sentences_for_bad_files(tmp_path, cube):
         "its last row does not end an episode": dict(terminals=np.arange(8) == 3),
         "its columns have different lengths, .*'actions': 7": dict(actions=np.zeros((7, 5), np.float32)),
         r"its qpos have shape \(8, 28\), those of cube-single-singletask-task2-v0 21": dict(qpos=np.zeros((8, 28))),
-        "observations have size 37, those of .* 28": dict(observations=np.zeros((8, 37), np.float32)),
+        "observations have size 37, .* of shape .28,.": dict(observations=np.zeros((8, 37), np.float32)),
         "observations hold NaN, infinity or numbers beyond 1e10 in 1 rows": dict(observations=nan),
     }
     for sentence, columns in bad.items():
