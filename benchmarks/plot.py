@@ -53,16 +53,19 @@ SUITES = {
 
 # Agents of one panel, by what their names have in common; one that is not listed belongs to what follows "saq_".
 FAMILIES = {"td3_bc": "rebrac", "ifql": "fql", "gaussian_bc": "bc", "bc_gmm": "bc"}
+FAMILIES |= {"online": "spot", "spot_online": "spot"}  # of SPOT and of SAQ-SPOT, where they go on online
 ORDER = ["cql", "iql", "brac", "bc", "awac", "bear", "spot", "rebrac", "fql"]
 QUANTIZERS = ["vqvae", "mixture", "hard-mixture", "aquadem"]
 # Okabe and Ito's colours, which the colour-blind tell apart. Variants of a quantizer take those that a table leaves.
 BLUE, RED, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 CODES = dict(zip(QUANTIZERS, [BLUE, RED, ORANGE, GREEN], strict=True))
-TWINS = {
+LOOKS = {  # of agents that share a panel with another of their kind
     "gaussian_bc": (PURPLE, "-."),
     "td3_bc": (PURPLE, "-."),
     "ifql": (PURPLE, "-."),
     "bc_gmm": ("grey", (0, (6, 1))),
+    "saq_online": (SKY, "-"),
+    "spot_online": (PURPLE, "-."),
 }
 # What is exact over codes and estimated over actions. Figure: the quantity, whose name begins those of its series in
 # `curves`; the family that charges it; the title of a panel; what to know when reading it.
@@ -134,7 +137,7 @@ def read(path):
             for row in rows:
                 try:
                     run = parse(row)
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, OverflowError) as error:
                     raise UserError(f"{path}, line {rows.line_num}: {error}.") from None
                 key = run.task, run.label, run.seed
                 if key in runs:
@@ -192,8 +195,8 @@ def rank(run):
     place = ORDER.index(family(run.agent)) if family(run.agent) in ORDER else len(ORDER)
     kind, numbers = run.quantizer.split(" ")[0], [int(word) for word in run.quantizer.split() if word.isdigit()]
     kinds = [*QUANTIZERS, kind] if kind else [*QUANTIZERS, None, kind]
-    twin = [*TWINS].index(run.agent) if run.agent in TWINS else -1
-    return place, family(run.agent), kinds.index(kind), numbers, run.quantizer, twin
+    later = [*LOOKS].index(run.agent) if run.agent in LOOKS else -1
+    return place, family(run.agent), kinds.index(kind), numbers, run.quantizer, later
 
 
 def by_label(runs):
@@ -282,8 +285,8 @@ def performance_profiles(matrices, taus, reps):
 
 
 def make_table(runs, score, reps):
-    """Markdown: agents by tasks, mean over seeds ± standard error, and the interquartile mean over tasks. Bold: of the
-    cells with a column's most seeds, the best and what lies within its standard error (its interval) of it.
+    """Markdown: agents by tasks, mean over seeds ± standard error; the interquartile mean over tasks, and the mean.
+    Bold: of the cells with a column's most seeds, the best and what lies within its standard error (its interval).
     `score(run)` may be None: a mean that lacks seeds would favour the fast ones, so its cell is empty. Two of three
     seeds are said, a single one has no error."""
     tasks = list(dict.fromkeys(run.task for run in runs))
@@ -295,12 +298,16 @@ def make_table(runs, score, reps):
                 mean, error = mean_and_error(scores)
                 text = f"{mean:.1f}" + f" ± {error:.1f}" * (len(scores) > 1)
                 text += f" ({len(scores)})" * (1 < len(scores) < seeds)
-                columns[task][label] = len(scores), mean, mean - error, text
-    columns["IQM"], matrices = {}, normalised_scores(runs, score)
+                shown, least = round(mean, 1), round(round(mean, 1) - round(float(error), 1), 1)  # as they are printed
+                columns[task][label] = len(scores), shown, least, text
+    columns |= {"IQM": {}, "mean": {}}
+    matrices = normalised_scores(runs, score)
     for label, (mean, low, high) in interquartile_means(matrices, reps).items():
         interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
         fewer = f", {len(matrices[label])} of {seeds} seeds" * (len(matrices[label]) < seeds)
         columns["IQM"][label] = len(matrices[label]), mean, low if interval else mean, f"{mean:.2f}{interval}{fewer}"
+        mean = round(matrices[label].mean(), 2)
+        columns["mean"][label] = len(matrices[label]), mean, mean, f"{mean:.2f}"
     known = {run.task: run for run in runs}
     head = [f"{task} †" if task in known and is_substitute(known[task]) else task for task in columns]
     lines = ["| agent | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
@@ -313,7 +320,7 @@ def make_table(runs, score, reps):
             cells.append(f"**{text}**" if bold else text)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     data = [f"{known[task].data_score:.1f}" for task in tasks]
-    return [*lines, "| *episodes of the data* | " + " | ".join([*data, ""]) + " |"]
+    return [*lines, "| *episodes of the data* | " + " | ".join([*data, "", ""]) + " |"]
 
 
 def is_substitute(run):
@@ -384,7 +391,8 @@ RULES = f"""\
 Means over seeds ± standard error; (2): of two seeds, where others have more. Bold: of the cells with a column's most
 seeds, the best and what lies within its standard error. IQM: the interquartile mean of normalised scores over tasks and
 seeds, and the 95% interval of a stratified bootstrap (rliable), of agents that have all tasks and seeds; bold: the best
-and what lies within its interval. A `prior` is evaluated once, when its fit ends. {NORMALISED}
+and what lies within its interval. It leaves out the lowest and the highest quarter of an agent's runs, which may be the
+whole of a task; the mean of all stands beside it. A `prior` is evaluated once, when its fit ends. {NORMALISED}
 †: the data stand in for those that the task is named after.
 """
 TIME_RULES = """\
@@ -415,9 +423,8 @@ def write_page(name, runs, options):
 
 def look(run):
     """Colour and line of an agent, the same in every figure: solid over codes, dashed without."""
-    if run.quantizer:
-        return {"color": CODES[run.quantizer], "linestyle": "-"}
-    color, line = TWINS.get(run.agent, ("black", "--"))
+    usual = (CODES[run.quantizer], "-") if run.quantizer else ("black", "--")
+    color, line = LOOKS.get(run.agent, usual)
     return {"color": color, "linestyle": line}
 
 

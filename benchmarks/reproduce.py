@@ -10,8 +10,9 @@ as that of the agent "prior"; only the runs that need it wait for it.
 
 Results go to benchmarks/results/NAME.csv, a row an agent, as soon as a run ends. What that file holds is not run again:
 an interrupted table goes on where it stopped. It does not know of changes to the scripts: after one, name another
---table and other --fits. A run whose worker dies is tried again; one that fails is named at the end (exit code 1), and
-the others go on. plot.py makes tables and figures of the CSV.
+--table and other --fits. Where --flags try something, --table has to say where to. A run whose worker dies is tried
+again; one that fails is named at the end (exit code 1), and the others go on. plot.py makes tables and figures of the
+CSV.
 
 Ray (requirements-benchmarks.txt) spreads the runs. Without --address it is started here, and ends with this process. A
 cluster's machines need the packages of requirements.txt and see --data, the folder of D4RL's files and of those that
@@ -43,7 +44,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import saq_bc  # noqa: E402
-from vqvae import UserError, exit_in_words, one_line, write_file  # noqa: E402
+from vqvae import UserError, check_numbers, exit_in_words, one_line, write_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["task", "agent", "quantizer", "seed", "score", "final", "seconds", "fit_seconds", "data_score", "provenance"]
@@ -67,6 +68,8 @@ SAQ = ["saq_bc", "saq_cql", "saq_iql", "saq_brac"]
 BASELINES = [script for script in SCRIPTS if "/" in script]
 NO_QUANTIZER = {"baselines/rebrac", "baselines/fql"}
 ONLINE = {"saq_spot": "saq_online", "spot": "spot_online"}  # what learns on after an agent, with --online-steps
+FITTED_FIRST = {"spot": "density", "spot_online": "density"}  # before an agent without codes, by its own script
+OURS = {"--env", "--seed", "--dataset-path", "--out", "--quantizer-from", "--resume", "--eval-only"}
 # The paper's tasks: rows of its Table 5, whose means by suite are its Table 1.
 LOCOMOTION = [
     f"{robot}-{data}-v2"
@@ -173,7 +176,7 @@ class Options:
     address: str | None = None  # of a Ray cluster, or "auto"; without it, Ray is started here
     cpus_per_run: float = 1.0  # cores, and threads, of a run
     gpus_per_run: float = 0.0  # GPUs of a run: 0.2 puts five on one
-    table: Path | None = None  # where results are gathered; None: benchmarks/results/NAME.csv (--paper: NAME-paper.csv)
+    table: Path | None = None  # where results are gathered; None: benchmarks/results/NAME.csv, or NAME-paper.csv, ...
     fits: Path = ROOT / "runs" / "fits"  # where fitted quantizers are kept
     dry_run: bool = False  # print the commands and what they would take, and run nothing
 
@@ -194,8 +197,15 @@ class Job(NamedTuple):
         return [(self.task, agent, self.quantizer if coded[agent] else "", str(self.seed)) for agent in coded]
 
 
-def check_names(options):
-    """Raises UserError for a name that the plan does not have."""
+def check(options):
+    """Raises UserError for numbers out of range, flags that are ours to set, and names that the plan does not have."""
+    bounds = dict(seeds=(1, 1e6), first_seed=(0, 1e9), cpus_per_run=(1e-3, 1e6), gpus_per_run=(0, 1e6))
+    check_numbers(vars(options), **bounds)
+    flags = {word.split("=")[0].replace("_", "-") for word in options.flags.split()}
+    if taken := flags & OURS:
+        raise UserError(f"--flags must leave {min(taken)} to this program.")
+    if flags and options.table is None:
+        raise UserError("with --flags, pass a --table of its own: these are other runs than those of the default one.")
     parts = PLANS[options.name]
     agents = {"prior", *(agent for part in parts for script in part.scripts for agent in SCRIPTS[script])}
     known = {"tasks": {task for part in parts for task in part.tasks}, "agents": agents}
@@ -279,7 +289,7 @@ def execute(command, fit, data, threads):
     if fit is not None and fit["error"]:
         return {"error": "its quantizer has not been fitted"}
     words = command.split()[1:]
-    if data is not None and "--dataset-path" in words:
+    if data is not None and words[-2:-1] == ["--dataset-path"]:
         words[-1] = str(Path(data) / words[-1])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if data is not None:
@@ -300,6 +310,9 @@ def execute(command, fit, data, threads):
             )
             if process.returncode >= 0:
                 break
+        if process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            return {"error": f"ended three times by {name}: is there enough memory for so many runs at once?"}
         if process.returncode:
             return {"error": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
         (run,) = out.glob("*")
@@ -328,21 +341,26 @@ class Table:
 
     def __init__(self, path):
         self.path, self.rows = path, []
-        if path.exists():
-            with open(path, newline="") as file:
-                reader = csv.DictReader(file)
-                self.rows = list(reader)
-                if reader.fieldnames != COLUMNS:
-                    raise UserError(f"{path} is no table of this program: pass another --table.")
+        if not path.exists():
+            return
+        csv.field_size_limit(2**31 - 1)  # curves are long
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                names, *rows = csv.reader(file, strict=True)
+            self.rows = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        except (ValueError, csv.Error):  # no text, no rows, or rows of other lengths
+            names = None
+        if names != COLUMNS:
+            raise UserError(f"{path} is no table of this program: pass another --table.")
 
     def check(self, jobs):
         """Raises UserError where a result that is wanted is there already by another command, or others are of another
         budget."""
         wanted = {key: job.command for job in jobs for key in job.rows()}
-        budgets = {budget_of(job.command) for job in jobs}
+        budget = {flag: number for job in jobs for flag, number in budget_of(job.command).items()}
         for row in self.rows:
             other = wanted.get(key_of(row), row["command"]) != row["command"]
-            if other or budget_of(row["command"]) not in budgets:
+            if other or any(budget.get(flag, n) != n for flag, n in budget_of(row["command"]).items()):
                 raise UserError(f"{self.path} is of other commands: pass another --table. {row['command']}")
 
     def missing(self, jobs):
@@ -353,14 +371,20 @@ class Table:
     def add(self, job, outcome, fit, commit):
         """The rows of a run's agents, and the file anew: a reader finds all of them or none."""
         logged, result, rows = outcome["logged"], outcome["result"], []
+        before = {online: agent for agent, online in ONLINE.items()}
         for name, key in zip(job.agents, job.rows(), strict=True):
             steps, scores = logged[f"{name}/score"]
             curves = {"step": steps}
             for series, (at, values) in logged.items():
                 if series.startswith(f"{name}/") and at == steps:  # logged with a score; losses have steps of their own
                     curves[series.removeprefix(f"{name}/")] = values
-            row = [*key, statistics.mean(scores[-5:]), result[name]["score"], logged[f"{name}/seconds"][1][-1]]
-            row += [(fit or outcome)["logged"]["quantizer/seconds"][1][-1] if key[2] else ""]
+            if name in before:  # it goes on where another agent ended
+                spent = logged[f"{before[name]}/seconds"][1][-1]
+                curves["seconds"] = [spent + seconds for seconds in curves["seconds"]]
+            row = [*key, statistics.mean(scores[-5:]), result[name]["score"], curves["seconds"][-1]]
+            fitted = (fit or outcome)["logged"]["quantizer/seconds"] if key[2] else None
+            fitted = logged[f"{FITTED_FIRST[name]}/seconds"] if name in FITTED_FIRST else fitted
+            row += [fitted[1][-1] if fitted else ""]
             row += [result["data_score"], result["provenance"], outcome["host"], commit, job.command]
             row += [json.dumps(curves), json.dumps(result.get("online", {}).get(name, {}))]
             row = [f"{value:.6g}" if isinstance(value, float) else value for value in row]
@@ -374,10 +398,18 @@ class Table:
         return rows
 
 
+def default_table(options):
+    """The CSV of a table in this repository; tables of other budgets have their own."""
+    budget = "-paper" * options.paper + (f"-{options.steps}-steps" if options.steps else "")
+    return RESULTS / f"{options.name}{budget}.csv"
+
+
 def budget_of(command):
-    """Steps between two evaluations, by which budgets differ; None where the command does not say."""
+    """What all runs of a table have in common: {flag: number} of its steps, as far as the command says them."""
     words = command.split()
-    return dict(zip(words, words[1:], strict=False)).get("--eval-every")
+    flags = dict(zip(words, words[1:], strict=False))
+    common = {"--eval-every", "--vq-steps"} | ({"--steps"} if "--use-prior" not in words else set())
+    return {flag: flags[flag] for flag in common & flags.keys()}
 
 
 def key_of(row):
@@ -386,15 +418,20 @@ def key_of(row):
 
 
 class Fits:
-    """Fitted quantizers on this machine's disk, by the command that fits them, for when a table goes on."""
+    """Fitted quantizers on this machine's disk, for when a table goes on: by the command that fits them, and by the
+    folder of the data, with the size and the time of the file that it names."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, data):
+        self.folder, self.data = folder, data
 
-    FORMAT = 2  # of checkpoints: fits of another one are made again
+    FORMAT = 3  # of checkpoints: fits of another one are made again
 
     def path(self, command):
-        name = hashlib.sha1(f"{command} {self.FORMAT}".encode()).hexdigest()[:12]
+        *_, flag, name = command.split()
+        file = Path(self.data, name) if flag == "--dataset-path" else None
+        found = file.stat() if file and file.is_file() else None
+        data = (self.data, found and (found.st_size, found.st_mtime_ns))
+        name = hashlib.sha1(f"{command} {data} {self.FORMAT}".encode()).hexdigest()[:12]
         return self.folder / f"{name}.json"
 
     def save(self, command, outcome):
@@ -433,11 +470,18 @@ def run_all(jobs, table, options):
     # The code as it is now goes to every machine, this one included: what is edited meanwhile does not change a table.
     sent = {"working_dir": str(ROOT), "excludes": ["/.git", "/.venv", "/runs", "/tests", "/wandb"]}
     address = options.address or "local"  # not one that happens to run here
-    ray.init(address, runtime_env=sent, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    task = ray.remote(execute).options(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=3)
+    try:
+        ray.init(address, runtime_env=sent, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        task = ray.remote(execute).options(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=3)
+    except (ValueError, ConnectionError) as error:  # no such cluster; a GPU and a half
+        raise UserError(one_line(error)) from None
+    for name, number in ("CPU", options.cpus_per_run), ("GPU", options.gpus_per_run):
+        most = max(node["Resources"].get(name, 0) for node in ray.nodes())
+        if number > most:  # Ray would wait for such a machine
+            raise UserError(f"no machine has the {number:g} {name} that a run asks for: the largest has {most:g}.")
     threads, data = max(1, round(options.cpus_per_run)), options.data and str(options.data.resolve())
 
-    fits = Fits(options.fits)
+    fits = Fits(options.fits, data)
     needed = todo | {jobs[command].fit for command in todo}
     started, waiting = {None: None}, {}  # references by command; jobs by reference, until their results are stored
     for command, job in jobs.items():
@@ -468,39 +512,47 @@ def run_all(jobs, table, options):
     return failed
 
 
-def estimate(jobs):
-    """Prints every command with the core-hours of its updates, by the steps a second that speed.py has measured."""
+def estimate(jobs, missing):
+    """Prints every command with the core-hours of its updates, by the steps a second that speed.py has measured; those
+    that are not among `missing` are there."""
     with open(RESULTS / "speed.csv", newline="") as file:
         rates = {row["update"]: float(row["steps_per_second"]) for row in csv.DictReader(file)}
     total, unknown = 0.0, set()
     for job in jobs.values():
+        if job.command not in missing:
+            print(f"{'there':>10}  {job.command}")
+            continue
         words = job.command.split()
         flags = dict(zip(words, words[1:], strict=False))  # --steps -> its number
-        updates = dict.fromkeys(job.agents, "--steps")
+        updates = [(agent, "--steps") for agent in job.agents if agent not in ONLINE.values()]
         if "--use-prior" in words:
-            updates = {f"{flags['--quantizer']} fit": "--vq-steps"}
-        hours = sum(int(flags[steps]) / rates[update] / 3600 for update, steps in updates.items() if update in rates)
-        unknown |= updates.keys() - rates.keys()
-        if "--vae-steps" in flags:
-            unknown.add("SPOT's model of the density")
+            updates = [(f"{flags['--quantizer']} fit", "--vq-steps")]
+        if "spot" in job.agents:
+            updates += [("density fit", "--vae-steps")]
+        if "--online-steps" in words:
+            updates += [(agent, "--online-steps") for agent in ONLINE if agent in job.agents]
+        hours = sum(int(flags[steps]) / rates[update] / 3600 for update, steps in updates if update in rates)
+        unknown |= {update for update, _ in updates} - rates.keys()
         total += hours
         print(f"{hours:8.2f} h  {job.command}")
-    results = sum(len(job.agents) for job in jobs.values())
-    print(f"{len(jobs)} runs, {results} results, {total:.0f} core-hours of updates; evaluations come on top.", end="")
+    results = sum(len(jobs[command].agents) for command in missing)
+    print(
+        f"{len(missing)} runs, {results} results, {total:.0f} core-hours of updates; evaluations come on top.", end=""
+    )
     print(f" Not timed: {', '.join(sorted(unknown))}." if unknown else "")
 
 
 def main():
     options = tyro.cli(Options, description=__doc__)
-    if options.seeds < 1 or options.first_seed < 0 or (options.steps is not None and options.steps < 1):
-        raise UserError("seeds and steps must be 1 at least, the first seed 0.")
-    check_names(options)
+    check(options)
     jobs = make_jobs(options)
     if not jobs:
         raise UserError(f"no run of {options.name} has such a task, agent and quantizer together: see PLANS.")
+    table = options.table or default_table(options)
     if options.dry_run:
-        return estimate(jobs)
-    table = options.table or RESULTS / f"{options.name}{'-paper' * options.paper}.csv"
+        table = Table(table)
+        table.check(jobs.values())
+        return estimate(jobs, table.missing(jobs))
     try:
         with FileLock(f"{table}.lock", timeout=0):
             table = Table(table)

@@ -48,10 +48,12 @@ from vqvae import (
     Transitions,
     UserError,
     accelerate,
+    check_numbers,
     exit_in_words,
     has_bfloat16,
     load_arrays,
     make_transitions,
+    one_line,
     prepare,
     with_compile,
 )
@@ -130,8 +132,10 @@ def updates(device):
     with device:
         quantizers = {kind: make(OBS, ACTIONS, 10 if kind == "aquadem" else CODES) for kind, make in QUANTIZERS.items()}
         agents = {}
-        for script in (saq_cql, saq_iql, saq_brac, saq_bc, awac, bear, spot):
+        for script in (saq_cql, saq_iql, saq_brac, saq_bc):
             agents |= script.make_agents(OBS, ACTIONS, quantizers["vqvae"], script.Args())
+        for script in (awac, bear, spot):  # over the codes that baselines have in reproduce.py
+            agents |= script.make_agents(OBS, ACTIONS, quantizers["mixture"], script.Args())
         for script in (rebrac, fql):
             agents |= script.make_agents(OBS, ACTIONS, script.Args())
     with_next = rebrac.with_next_actions(data)
@@ -145,6 +149,7 @@ def updates(device):
 
     del quantizers["hard-mixture"]  # whose products are the mixture's
     steps = {f"{kind} fit": fit_step(quantizer) for kind, quantizer in quantizers.items()}
+    steps["density fit"] = lambda: agents["spot"].vae.update(data.sample(BATCH))
     for name, agent in agents.items():
         seen = with_next if name in ("rebrac", "td3_bc") else data
         steps[name] = lambda agent=agent, seen=seen: agent.update(seen.sample(BATCH))
@@ -263,6 +268,7 @@ def side_by_side(cores, seconds, compile):
 
 def main():
     options = tyro.cli(Options, description=__doc__)
+    check_numbers(vars(options), rounds=(1, 1e6), burst=(1e-3, 1e6), transitions=(1, 1e9))
     device, compile = prepare(options.device), "on" if options.compile else "off"
     rows = [["update", "steps_per_second", "products_per_second", "share", "bfloat16_per_second", "bfloat16_ratio"]]
     ours, reduced = updates(device), updates(device) if has_bfloat16(options.device) else {}
@@ -290,7 +296,11 @@ def main():
     if options.table is not None:
         options.table.write_text("".join(",".join(row) + "\n" for row in rows))
     # Others come afterwards: from here on their threads are there, too, and short steps of ours feel it.
-    for update, theirs in other_updates(options, device).items():
+    try:
+        elsewhere = other_updates(options, device)
+    except ImportError as error:
+        raise UserError(f"others.py says what a checkout needs: {one_line(error)}") from None
+    for update, theirs in elsewhere.items():
         if update not in steps:
             continue
         found = race({"ours": steps[update]} | theirs, options, device)

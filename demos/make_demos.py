@@ -18,7 +18,8 @@ import h5py
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # offline_envs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # offline_envs, vqvae
+from vqvae import check_numbers, exit_in_words
 
 
 @dataclass
@@ -66,17 +67,20 @@ def demonstrate(env, seed, noise):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
+    check_numbers(vars(args), episodes=(1, 1e6), noise=(0, 1e9), seed=(0, 2**31 - args.episodes))
     env = gym.make("offline_envs:maze2d-large-demos-v1")
     episodes = [demonstrate(env, args.seed + i, args.noise) for i in range(args.episodes)]
     observations, actions, rewards = (np.concatenate(part).astype(np.float32) for part in zip(*episodes, strict=True))
     timeouts = np.zeros(len(rewards), bool)
     timeouts[np.cumsum([len(episode[2]) for episode in episodes]) - 1] = True
-    with h5py.File(args.out, "w") as file:
+    part = args.out.with_name(f"{args.out.name}.tmp")  # an interruption leaves the dataset that is there
+    with h5py.File(part, "w") as file:
         for key, array in [("observations", observations), ("actions", actions), ("rewards", rewards)]:
             file.create_dataset(key, data=array, compression="gzip")
         file["terminals"], file["timeouts"] = np.zeros(len(rewards), bool), timeouts
+    part.replace(args.out)
     print(f"{args.out}: {len(rewards)} transitions, returns {[float(sum(episode[2])) for episode in episodes]}")
 
 
 if __name__ == "__main__":
-    main()
+    exit_in_words(main)

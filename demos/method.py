@@ -3,6 +3,7 @@
 python demos/method.py [--out FILE]
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vqvae
+from vqvae import UserError, exit_in_words, write_file
 
 CODES = np.array([(0.0, 0.62), (0.62, 1.0), (0.35, 0.05), (1.0, 0.42), (0.5, 0.52)])  # the codebook, in two dimensions
 Q = np.array([0.45, 0.62, 0.3, 0.52, 1.0])  # Q(s, k) of each code
@@ -103,6 +107,8 @@ def learn(axes):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
+    if args.out.suffix not in (".svg", ".png"):
+        raise UserError(f"the figure is an .svg or a .png file, not {args.out}.")
     # Text stays text, and nothing in the file depends on the time or on random numbers.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "method", "font.family": "sans-serif"})
     matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans", "Verdana", "Arial"]  # a browser takes the first it has
@@ -111,9 +117,10 @@ def main():
     axes.set_axis_off()
     fit(axes)
     learn(axes)
-    metadata = {"Date": None} if args.out.suffix == ".svg" else None
-    figure.savefig(args.out, metadata=metadata, dpi=110)
+    kind = args.out.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    write_file(args.out, lambda file: figure.savefig(file, format=kind, metadata=metadata, dpi=110))
 
 
 if __name__ == "__main__":
-    main()
+    exit_in_words(main)

@@ -162,11 +162,11 @@ def test_the_page(toy, rliable, tmp_path, capsys, monkeypatch):
     assert (round(coded, 2), round(twin, 2)) == (0.52, 0.4)
     lines = [re.sub(r" \[0\.\d\d, 0\.\d\d\]", " []", line) for line in text.splitlines()]
     table = [
-        "| agent | hopper-medium-v2 † | door-human-v0 | IQM |",
-        "|---|---|---|---|",
-        "| saq_cql, vqvae | **93.0 ± 1.7** | **11.0 ± 1.7** | **0.52 []** |",
-        "| cql | 81.0 ± 3.5 | -1.0 ± 3.5 | 0.40 [] |",
-        "| *episodes of the data* | 50.0 | 29.0 |  |",
+        "| agent | hopper-medium-v2 † | door-human-v0 | IQM | mean |",
+        "|---|---|---|---|---|",
+        "| saq_cql, vqvae | **93.0 ± 1.7** | **11.0 ± 1.7** | **0.52 []** | **0.52** |",
+        "| cql | 81.0 ± 3.5 | -1.0 ± 3.5 | 0.40 [] | 0.41 |",
+        "| *episodes of the data* | 50.0 | 29.0 |  |  |",
     ]
     assert lines[: lines.index("## By time")] == [
         "# toy",
@@ -187,8 +187,8 @@ def test_the_page(toy, rliable, tmp_path, capsys, monkeypatch):
     after = lines.index("### After 1 minute of one core")
     assert lines[after + 2 : after + 7] == [
         *table[:2],
-        f"| saq_cql, vqvae | 46.5 ± 0.9 | **5.5 ± 0.9** | {halves:.2f} [] |",
-        "| cql | **81.0 ± 3.5** | -1.0 ± 3.5 | **0.40 []** |",
+        f"| saq_cql, vqvae | 46.5 ± 0.9 | **5.5 ± 0.9** | {halves:.2f} [] | 0.26 |",
+        "| cql | **81.0 ± 3.5** | -1.0 ± 3.5 | **0.40 []** | **0.41** |",
         table[4],
     ]
     after = lines.index("### After 2 minutes of one core")
@@ -211,7 +211,7 @@ def test_a_mean_that_lacks_a_seed_is_no_mean(rliable):
     slow = json.dumps({"step": [1], "score": [1.0], "seconds": [61.0]})
     rows = [row("t", "cql", "", 0, 50.0), row("t", "cql", "", 1, 50.0, curves=slow), row("t", "iql", "", 0, 7.0)]
     lines = plot.make_table(runs_of(*rows), lambda run: plot.score_after(run, 60), reps=20)
-    assert lines[2:4] == ["| cql |  |  |", "| iql | **7.0** | **0.07, 1 of 2 seeds** |"]
+    assert lines[2:4] == ["| cql |  |  |  |", "| iql | **7.0** | **0.07, 1 of 2 seeds** | **0.07** |"]
 
 
 def test_agents_stand_by_family_and_variants_by_number():
@@ -390,6 +390,82 @@ def test_a_quantizers_prior_is_a_line_in_the_panels_over_its_codes():
     assert high - low >= 10
 
 
+def drawn(panel, **style):
+    """The points of the one line of a panel that has such a colour and such a style, (x, y)."""
+    (line,) = (
+        line
+        for line in panel.lines
+        if all(getattr(line, f"get_{name}")() == value for name, value in style.items()) and len(line.get_xdata()) > 1
+    )
+    return line.get_xdata().tolist(), line.get_ydata().tolist()
+
+
+@pytest.mark.parametrize("over", ["steps", "seconds"])
+def test_what_the_learning_curves_show(over):
+    """Means over seeds, at steps or at seconds (those of the quantizer's fit first), inside a band of one standard
+    error; each task in its own panels, with the prior of its own."""
+    scores = {"a": (90.0, 93.0, 96.0), "b": (10.0, 20.0, 30.0)}  # errors of 3^0.5 and 10 / 3^0.5, half as much at first
+    rows = [row(task, "saq_cql", "mixture", seed, s) for task in scores for seed, s in enumerate(scores[task])]
+    rows += [row("a", "cql", "", 0, 7.0), row("b", "cql", "", 0, 8.0)]
+    rows += [row("a", "prior", "mixture", 0, 50.0), row("b", "prior", "mixture", 0, 5.0)]
+    (figure,) = plot.learning_curves(runs_of(*rows), over)
+    for panel, mean, error, twin, prior in zip(
+        figure.axes, (93.0, 20.0), (3**0.5, 10 / 3**0.5), (7.0, 8.0), (50.0, 5.0), strict=True
+    ):
+        x, y = drawn(panel, color=plot.CODES["mixture"], linestyle="-")
+        assert x == ([500, 1000] if over == "steps" else [55, 65])
+        assert y == pytest.approx([mean / 2, mean])
+        x, y = drawn(panel, color="black", linestyle="--")
+        assert (x, y) == ([500, 1000] if over == "steps" else [10, 20], [twin / 2, twin])
+        (band,) = panel.collections
+        at_the_end = band.get_paths()[0].vertices
+        at_the_end = at_the_end[at_the_end[:, 0] == at_the_end[:, 0].max()][:, 1]
+        assert (at_the_end.min(), at_the_end.max()) == pytest.approx((mean - error, mean + error))
+        (dotted,) = (line for line in panel.lines if line.get_linestyle() == ":")
+        assert set(dotted.get_ydata()) == {prior}
+
+
+def test_what_the_figure_of_interquartile_means_shows():
+    runs = runs_of(row("t", "saq_cql", "mixture", 0, 1.0), row("t", "cql", "", 0, 1.0))
+    means = {"saq_cql, mixture": (0.5, 0.3, 0.6), "cql": (0.2, np.nan, np.nan)}
+    (panel,) = plot.interval_figure(runs, means).axes
+    bar, circle, diamond = panel.lines
+    assert (*bar.get_xdata(), *bar.get_ydata()) == (0.3, 0.6, 0, 0)
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in (circle, diamond)] == [(0.5, 0), (0.2, 1)]
+    assert [label.get_text() for label in panel.get_yticklabels()] == list(means)
+
+
+def test_what_the_figures_of_exact_quantities_show():
+    """Over codes the exact penalty alone, over actions both: each series as it was logged."""
+    series = {"saq_cql": {"penalty_exact": [0.1, 0.2]}, "cql": {"penalty_exact": [3.0, 4.0], "penalty_sampled": [5, 6]}}
+    rows = []
+    for agent, logged in series.items():
+        logged = dict(step=[500, 1000], score=[1.0, 2.0], seconds=[1.0, 2.0], **logged)
+        rows.append(row("t", agent, "vqvae" * (agent == "saq_cql"), 0, 1.0, curves=json.dumps(logged)))
+    (figure,) = plot.exact_figures(runs_of(*rows), *plot.EXACT["figure2"])
+    coded, twin = figure.axes
+    assert drawn(coded, linestyle="-") == ([500, 1000], [0.1, 0.2])
+    assert drawn(twin, linestyle="-") == ([500, 1000], [3.0, 4.0])
+    assert drawn(twin, linestyle=":") == ([500, 1000], [5.0, 6.0])
+
+
+def test_online_agents_share_a_panel_with_those_they_go_on_from():
+    agents = [("saq_spot", "mixture"), ("spot", ""), ("spot_online", ""), ("saq_online", "mixture")]
+    runs = runs_of(*(row("t", agent, kind, 0, 1.0) for agent, kind in agents))
+    assert [*plot.by_label(runs)] == ["saq_spot, mixture", "saq_online, mixture", "spot", "spot_online"]
+    (figure,) = plot.learning_curves(runs, "steps")
+    assert [panel.get_title() for panel in figure.axes] == ["SPOT"]
+    looks = {tuple(plot.look(run).values()) for run in runs}
+    assert len(looks) == 4
+
+
+def test_cells_that_read_alike_are_bold_alike(rliable):
+    """116.84 and 116.79 both read 116.8."""
+    rows = [row("t", agent, "", 0, score) for agent, score in (("cql", 116.84), ("iql", 116.79), ("bc", 116.7))]
+    lines = plot.make_table(runs_of(*rows), lambda run: run.score, reps=20)
+    assert [line.split(" | ")[1] for line in lines[2:5]] == ["**116.8**", "**116.8**", "116.7"]
+
+
 def test_captions_say_what_the_data_are(toy):
     runs = plot.read(toy)
     for figure in plot.learning_curves(runs, "steps"):
@@ -420,6 +496,7 @@ WRONG = {
     "an empty number": (dict(seconds=""), "line 3: seconds is missing or not finite"),
     "no finite number": (dict(final="nan"), "line 3: final is missing or not finite"),
     "no seed": (dict(seed="x"), "line 3: invalid literal"),
+    "a number too large": (dict(curves=curves(score=[1, 10**400])), "line 3: int too large to convert to float"),
     "no curves": (dict(curves=""), "line 3: Expecting value"),
     "half curves": (dict(curves='{"step": [1]}'), "line 3: curves must have step, score and seconds"),
     "a list of curves": (dict(curves="[1]"), "line 3: curves must have step, score and seconds"),

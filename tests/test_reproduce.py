@@ -141,11 +141,33 @@ def test_dry_run():
     assert "core-hours" in last
 
 
-def test_what_an_estimate_leaves_out_is_named(capsys):
-    reproduce.estimate(plan("baselines", tasks=("maze2d-large-demos-v1",)))
-    assert capsys.readouterr().out.endswith("come on top. Not timed: SPOT's model of the density.\n")
-    reproduce.estimate(plan("baselines", agents=("rebrac",)))
-    assert "Not timed" not in capsys.readouterr().out
+def test_hours_of_an_estimate(tmp_path, monkeypatch, capsys):
+    """By hand, from steps a second; what has not been timed is named, what is there costs nothing."""
+    rates = "saq_spot,10\nspot,20\nmixture fit,40\n"
+    (tmp_path / "speed.csv").write_text(f"update,steps_per_second\n{rates}")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    jobs = plan("online", tasks=(reproduce.MAZE,))  # 10,000 steps offline, 20,000 online
+    reproduce.estimate(jobs, set(jobs))
+    fit, run, last = capsys.readouterr().out.splitlines()
+    assert float(fit.split()[0]) == pytest.approx(10_000 / 40 / 3600, abs=0.005)
+    assert float(run.split()[0]) == pytest.approx(30_000 / 10 / 3600 + 30_000 / 20 / 3600, abs=0.005)
+    assert last == "2 runs, 5 results, 1 core-hours of updates; evaluations come on top. Not timed: density fit."
+    reproduce.estimate(jobs, set(list(jobs)[1:]))
+    fit, run, last = capsys.readouterr().out.splitlines()
+    assert fit.split()[0] == "there"
+    assert last.startswith("1 runs, 4 results, 1 core-hours")
+
+
+def test_everything_has_been_timed(capsys):
+    """And docs/results.md says of the paper's Table 1 what --dry-run does."""
+    for name in reproduce.PLANS:
+        jobs = plan(name, paper=name == "table1", seeds=3)
+        reproduce.estimate(jobs, set(jobs))
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith("evaluations come on top.")
+        if name == "table1":
+            runs, _, hours = last.removesuffix(" of updates; evaluations come on top.").split(", ")
+            assert f"# {runs}, {hours} on this CPU" in (ROOT / "docs" / "results.md").read_text()
 
 
 def wait_for(condition, process, seconds=240):
@@ -277,6 +299,10 @@ def test_one_table_has_one_budget(tmp_path):
     for job in rows["iql"]:
         table.rows += [dict(zip(reproduce.COLUMNS, key, strict=False), command=job.command) for key in job.rows()]
     table.check(rows["cql"])
+    table.check(plan("small", tasks=(reproduce.MAZE,), agents=("rebrac",)).values())  # which fits no quantizer
+    longer = plan("small", tasks=(reproduce.MAZE,), agents=("cql",), steps=10_009)  # as often evaluated
+    with pytest.raises(UserError, match="is of other commands"):
+        table.check([job for job in longer.values() if "cql" in job.agents])
     with pytest.raises(UserError, match="is of other commands"):
         table.check([job for job in short if "cql" in job.agents])
 
@@ -285,6 +311,84 @@ def test_seeds_begin_where_one_says():
     ours, theirs = plan("figure2", seeds=2, first_seed=3), plan("figure2", seeds=5)
     assert {job.seed for job in ours.values()} == {3, 4}
     assert ours.items() <= theirs.items()
+
+
+def test_an_online_agent_goes_on_where_another_ended(tmp_path):
+    """Its seconds begin with those of the offline one; SPOT's density model, fitted before, is in `fit_seconds`."""
+    (job,) = (job for job in plan("online", tasks=(reproduce.MAZE,)).values() if "spot" in job.agents)
+    logged = {"density/seconds": ([5, 9], [30.0, 60.0])}
+    for agent, seconds in ("saq_spot", 10.0), ("spot", 20.0), ("saq_online", 3.0), ("spot_online", 4.0):
+        logged |= {f"{agent}/score": ([1, 2], [1.0, 2.0]), f"{agent}/seconds": ([1, 2], [seconds / 2, seconds])}
+    result = {agent: {"score": 7.0} for agent in job.agents} | {"data_score": 50.0, "provenance": "whence"}
+    outcome = dict(logged=logged, host="here", result=result | {"online": {"spot_online": {"regret": 0.5}}})
+    rows = reproduce.Table(tmp_path / "t.csv").add(job, outcome, {"logged": {"quantizer/seconds": ([9], [45.0])}}, "c")
+    found = {row["agent"]: (row["seconds"], row["fit_seconds"]) for row in rows}
+    assert found == {
+        "saq_spot": ("10", "45"),
+        "spot": ("20", "60"),
+        "saq_online": ("13", "45"),
+        "spot_online": ("24", "60"),
+    }
+    assert reproduce.json.loads(rows[-1]["curves"])["seconds"] == [22, 24]
+    assert [row["online"] for row in rows] == ["{}", "{}", "{}", '{"regret": 0.5}']
+
+
+def test_a_fit_is_of_its_data(tmp_path):
+    """The same command over another folder, or another file of that name, finds nothing."""
+    command = "python saq_bc.py --use-prior --dataset-path x.hdf5"
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "x.hdf5").write_text("1")
+    fits = [reproduce.Fits(tmp_path / "fits", str(folder)) for folder in folders]
+    fits[0].save(command, {"checkpoint": b"abc", "error": None})
+    assert fits[0].load(command)["checkpoint"] == b"abc"
+    assert fits[1].load(command) is None
+    (folders[0] / "x.hdf5").write_text("12")
+    assert fits[0].load(command) is None
+    maze = "python saq_bc.py --use-prior --env maze"
+    reproduce.Fits(tmp_path / "fits", None).save(maze, {"checkpoint": b"abc", "error": None})
+    assert reproduce.Fits(tmp_path / "fits", None).load(maze)["checkpoint"] == b"abc"
+
+
+def test_a_run_that_signals_end_again_and_again_is_named(tmp_path, monkeypatch):
+    """Not by the last thing that it said, which is its bar."""
+    monkeypatch.chdir(tmp_path)
+    kill = "import os, signal, sys; sys.stderr.write('saq_cql: 45%'); os.kill(os.getpid(), signal.SIGKILL)"
+    (tmp_path / "x.py").write_text(kill)
+    assert "ended three times by SIGKILL" in reproduce.execute("python x.py", None, None, 1)["error"]
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b"task,agent\n", b"HEAD\nhopper,cql\n"])
+def test_what_is_no_table(content, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content.replace(b"HEAD", ",".join(reproduce.COLUMNS).encode()))
+    with pytest.raises(UserError, match="is no table of this program"):
+        reproduce.Table(path)
+
+
+def test_a_table_of_long_curves_is_read(tmp_path):
+    """Of more characters than Python's csv expects in a field."""
+    line = ",".join(["x"] * (len(reproduce.COLUMNS) - 1) + ["9" * 200_000])
+    (tmp_path / "t.csv").write_text(",".join(reproduce.COLUMNS) + f"\n{line}\n")
+    assert len(reproduce.Table(tmp_path / "t.csv").rows[0]["online"]) == 200_000
+
+
+def test_which_table_a_result_goes_to(tmp_path):
+    """What is tried does not get among the results that ship here."""
+    options = reproduce.Options("small")
+    assert reproduce.default_table(options).name == "small.csv"
+    assert reproduce.default_table(reproduce.Options("small", steps=200)).name == "small-200-steps.csv"
+    assert reproduce.default_table(reproduce.Options("table1", paper=True)).name == "table1-paper.csv"
+    with pytest.raises(UserError, match="with --flags, pass a --table"):
+        reproduce.check(reproduce.Options("small", flags="--lr 1"))
+    reproduce.check(reproduce.Options("small", flags="--act sample", table=tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("flags", ["--seed 7", "--lr 1 --dataset-path x.hdf5", "--env=none", "--dataset_path=x"])
+def test_flags_that_are_not_for_the_user(flags, tmp_path):
+    with pytest.raises(UserError, match="--flags must leave --(seed|dataset-path|env) to this program"):
+        reproduce.check(reproduce.Options("small", flags=flags, table=tmp_path / "t.csv"))
 
 
 def test_the_commit_is_of_the_code_not_of_results(tmp_path, monkeypatch):
@@ -324,7 +428,14 @@ def test_what_there_is_not(tmp_path):
     assert "small has no 'hopper-exprt' among its tasks: door-human-v0, " in line
     line = one_sentence(run_script("small", "--quantizers", "mixture", "--agents", "cql", script=SCRIPT))
     assert "no run of small has such a task, agent and quantizer together" in line
-    assert "seeds and steps must be 1 at least" in one_sentence(run_script("table4", "--seeds", 0, script=SCRIPT))
+    assert "seeds must be a number between 1 and" in one_sentence(run_script("table4", "--seeds", 0, script=SCRIPT))
+
+
+def test_machines_that_are_not_there(tmp_path):
+    pytest.importorskip("ray", reason="requirements-benchmarks.txt is not installed")
+    line = one_sentence(run_script(*flags(tmp_path, "--cpus-per-run", 1000), script=SCRIPT))
+    assert "no machine has the 1000 CPU that a run asks for" in line
+    assert "error: " in one_sentence(run_script(*flags(tmp_path, "--address", "nowhere"), script=SCRIPT))
 
 
 def test_a_driver_and_a_worker_are_killed(undisturbed, tmp_path):
