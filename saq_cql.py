@@ -450,7 +450,7 @@ class Run:
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
-        evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
+        evaluates: what goes wrong there costs no training, and --resume begins with that evaluation."""
         start = self.state["done"].get(phase, 0)
         rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before

@@ -856,7 +856,7 @@ class Task(NamedTuple):
     score: object  # the function from returns to scores
     data_score: float  # the mean score of the dataset's own episodes
     provenance: str  # one sentence: what such a score may be compared with
-    reward: object  # the function from the environment's rewards to those of training, which the dataset holds
+    reward: object  # the function from the dataset's rewards to those of training
 
 
 def load_task(name, dataset_path, device, reward_scale=1.0, reward_shift=0.0):
@@ -1152,10 +1152,13 @@ class Memory:
 
 def play(explore, memory, vqvae, task, seed):
     """Steps of `explore`, which maps obs (1, O) to an action (1, A) and a code (1,), in an environment of its own. A
-    generator: each `next` writes one transition into `memory`, its reward in the dataset's units.
+    generator: each `next` writes one transition into `memory`, its reward in the dataset's units. An environment whose
+    data pay otherwise than it does says what they would in `info`, as "data_reward". Raises UserError where
+    observations or rewards are not finite.
 
     An environment cannot be saved. So each episode begins from a seed of its own, and where a memory was loaded in the
-    middle of one, its actions are played again: the episode goes on as if nothing had stopped it."""
+    middle of one, its actions are played again: the episode goes on as if nothing had stopped it. Where that does not
+    lead to the same state, a warning is printed, and another episode begins."""
     import gymnasium as gym
 
     def see(obs):
@@ -1164,15 +1167,26 @@ def play(explore, memory, vqvae, task, seed):
     env = gym.wrappers.RescaleAction(gym.make(task.env.spec), np.float32(-1), np.float32(1))
     while True:
         obs, _ = env.reset(seed=(seed + 1) * 1_000_000 + memory.began)  # no evaluation's: these are 1_000, 1_001, ...
-        for action in memory.new().actions[memory.began :]:
-            obs, *_ = env.step(action.cpu().numpy())
-        ended = False
+        ended, again = False, memory.new()
+        for action in again.actions[memory.began :]:
+            if not ended:
+                obs, _, terminal, timeout, _ = env.step(action.cpu().numpy())
+                ended = terminal or timeout
+        if memory.began < len(again.obs) and (ended or not torch.allclose(see(obs)[0], again.next_obs[-1])):
+            print("warning: the environment does not do the same from the same seed: a new episode begins.")
+            memory.began = len(again.obs)
+            continue
         while not ended:
             here = see(obs)
             action, code = explore(here)
-            obs, reward, terminal, timeout, _ = env.step(action[0].cpu().numpy())
+            obs, reward, terminal, timeout, info = env.step(action[0].cpu().numpy())
+            if not (np.isfinite(reward) and np.isfinite(obs).all()):
+                number = int(memory.count) - memory.old + 1
+                raise UserError(
+                    f"in online step {number} the environment gives NaN or infinity; saved is what was before"
+                )
             ended = terminal or timeout  # a time limit is no terminal; a goal in the last step allowed is one
-            reward = float(task.reward(reward))
+            reward = float(task.reward(info.get("data_reward", reward)))
             row = Transitions(here[0], action[0], reward, see(obs)[0], float(terminal), code[0])
             memory.add(row, ended)
             yield

@@ -93,9 +93,9 @@ class Args:
     polyak: float = 0.005  # rate at which target networks follow
 
 
-# A task's row is the longest that its name begins with; a flag wins. Lambda is CORL's for adroit and mazes, 0.1, whose
-# weights are clipped at 100 (the authors', of a softmax as here, for adroit: 0.5), and ours for locomotion, where the
-# authors have 2 (--plain leaves it), and for the demonstrations.
+# A task's row is the longest that its name begins with; a flag wins. For adroit and mazes lambda is CORL's, 0.1, whose
+# weights are clipped at 100; the authors, with a softmax as here, have 0.5 for adroit. For locomotion and for the
+# demonstrations it is ours, with --plain as well; the authors' for locomotion: --temperature 2.
 MAZE = dict(num_codes=4, act="sample", vq_steps=15_000, steps=10_000, eval_every=500)
 HPARAMS = {
     "maze2d-large-demos-": dict(MAZE, temperature=10.0),
@@ -402,7 +402,7 @@ class Run:
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
-        evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
+        evaluates: what goes wrong there costs no training, and --resume begins with that evaluation."""
         start = self.state["done"].get(phase, 0)
         rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before

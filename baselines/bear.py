@@ -7,8 +7,8 @@ those of the dataset's policy p. Near means: the maximum mean discrepancy of a k
 
 Over continuous actions that takes a generative model of p and four draws of each, and a draw's distance from itself, 0,
 is counted among the distances: even where pi = p the estimate is (2 / n) (1 - E k(b, b')), which at the published
-bandwidth exceeds epsilon^2 as soon as actions vary. Over the K codes of a quantizer MMD^2 is a quadratic form, with u_k
-what code k decodes to in this state:
+bandwidth exceeds epsilon^2 as soon as the variances of actions sum to 0.1. Over the K codes of a quantizer MMD^2 is a
+quadratic form, with u_k what code k decodes to in this state:
 
     MMD^2 = (pi - p)' M (pi - p),     M_jk = exp(-||u_j - u_k||^2 / (2 sigma))
 
@@ -91,7 +91,7 @@ class Args:
     # --- Both BEARs ---
     epsilon: float = 0.05  # the root of MMD^2 that is allowed
     sigma: float = 20.0  # bandwidth of the kernel, not squared in it (as the authors')
-    price_lr: float = 0.01  # learning rate of the constraint's price (the authors: 0.001, in 300 times as many steps)
+    price_lr: float = 0.01  # learning rate of the constraint's price (the authors: 0.001, in 3_000_000 steps)
     warm_up: float = 0.04  # share of the steps in which the policy only comes near the data (the authors: 0.013)
     polyak: float = 0.005  # rate at which target networks follow
     samples: int = 4  # draws of either policy that estimate the discrepancy; over codes, in the figure alone
@@ -359,7 +359,7 @@ def make_agents(obs_dim, action_dim, vqvae, args):
 
 SCRIPT, OWN_STEPS = Path(__file__).stem, {"quantizer"}  # and the phases with a number of steps of their own
 PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normalize_obs=False, support=0.0, act="greedy")
-PLAIN |= dict(price_lr=1e-3)
+PLAIN |= dict(price_lr=1e-3, warm_up=0.0133)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
 FREE_TO_EVALUATE = FREE | {"act", "support"}
@@ -500,7 +500,7 @@ class Run:
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
-        evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
+        evaluates: what goes wrong there costs no training, and --resume begins with that evaluation."""
         start = self.state["done"].get(phase, 0)
         rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before

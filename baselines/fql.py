@@ -10,6 +10,7 @@ as the dataset would. Two agents act on it:
 
     FQL    distils the flow into a policy mu(s, z) of one step, which is paid for Q as well (Park, Li and Levine, "Flow
            Q-Learning", ICML 2025, arXiv:2502.02538):     alpha ||mu(s, z) - flow(s, z)||^2 - Q(s, mu(s, z)) / mean |Q|
+           (--no-normalize-q: Q as it is)
     IFQL   trains IQL's V and Q beside the flow, and acts by the best of 32 of its actions, as `saq_iql.py --best-of`
            does over codes
 
@@ -441,7 +442,7 @@ class Run:
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
-        evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
+        evaluates: what goes wrong there costs no training, and --resume begins with that evaluation."""
         start = self.state["done"].get(phase, 0)
         rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before

@@ -112,6 +112,7 @@ HPARAMS = {
     "walker2d-medium-expert-": dict(actor_beta=0.01, critic_beta=0.01),
     "walker2d-expert-": dict(actor_beta=0.01, critic_beta=0.5),
     "maze2d-": dict(actor_beta=0.003, critic_beta=0.001, eval_episodes=100),
+    "antmaze-": ANTMAZE,
     "antmaze-umaze-": dict(ANTMAZE, actor_beta=0.003, critic_beta=0.002),
     "antmaze-umaze-diverse-": dict(ANTMAZE, actor_beta=0.003, critic_beta=0.001),
     "antmaze-medium-play-": dict(ANTMAZE, actor_beta=0.001, critic_beta=0.0005),
@@ -159,11 +160,13 @@ class Steps(NamedTuple):
 
 def with_next_actions(data):
     """Transitions -> Steps. The next action is the next row's, where the next row is what followed; where it is not (a
-    time limit) and nothing ended, it is unknown, and the transition is left out. Raises UserError if none is left."""
+    time limit) and nothing ended, it is unknown, and the transition is left out. Raises UserError if so few are left,
+    half, that rows cannot be in order."""
     follows = (data.next_obs[:-1] == data.obs[1:]).all(1)
-    known = torch.cat([follows, follows.new_zeros(1)]) | (data.terminals > 0)
-    if not known.any():
-        raise UserError("no transition's next action is known: rows must stand in the order in which they happened.")
+    follows, ends = torch.cat([follows, follows.new_zeros(1)]), data.terminals > 0
+    if (follows & ~ends).sum() < (~ends).sum() / 2:
+        raise UserError("most next actions are unknown: rows must stand in the order in which they happened.")
+    known = follows | ends
     next_actions = data.actions.roll(-1, 0)
     return Steps(*(column[known] for column in (*data[:5], next_actions)))
 
@@ -414,7 +417,7 @@ class Run:
 
     def train(self, phase, updates, steps, evaluation):
         """Runs one phase to its last step; `updates` yields (step, info) after each. Logs, saves, and only then
-        evaluates: what goes wrong in an environment costs no training, and --resume begins with that evaluation."""
+        evaluates: what goes wrong there costs no training, and --resume begins with that evaluation."""
         start = self.state["done"].get(phase, 0)
         rng = torch.cuda if self.args.device == "cuda" else torch
         stream = f"{phase} on {self.args.device}"  # random numbers of its own: they do not depend on what ran before

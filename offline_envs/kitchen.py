@@ -3,7 +3,12 @@
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES, KitchenEnv
+from gymnasium_robotics.envs.franka_kitchen.kitchen_env import (
+    BONUS_THRESH,
+    OBS_ELEMENT_GOALS,
+    OBS_ELEMENT_INDICES,
+    KitchenEnv,
+)
 
 from .datasets import SERVER, best_rewards, read
 from .mujoco210 import collide_as_before, weigh_capsules
@@ -29,7 +34,7 @@ class Kitchen(gym.ObservationWrapper):
     """The observation (60,) is 9 joints of the robot, 21 positions of objects, both with noise, and the 30 positions of
     the goal, 0 where they do not matter. Each of `tasks` pays 1 once, when its objects, as they are observed, are
     within 0.3 of the goal; all of them end the episode. D4RL's data pay in every step for each task that is done then,
-    and have a terminal where a demonstration ends."""
+    which `info` has as "data_reward", and have a terminal where a demonstration ends."""
 
     def __init__(self, tasks, render_mode=None):
         super().__init__(Noisy(tasks_to_complete=list(tasks), render_mode=render_mode, robot_noise_ratio=NOISE))
@@ -41,6 +46,12 @@ class Kitchen(gym.ObservationWrapper):
         self.goal = np.zeros(30)
         for task in tasks:
             self.goal[OBS_ELEMENT_INDICES[task]] = OBS_ELEMENT_GOALS[task]
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        distances = [np.linalg.norm(observation["achieved_goal"][task] - goal) for task, goal in self.env.goal.items()]
+        done = sum(distance < BONUS_THRESH for distance in distances)
+        return self.observation(observation), reward, terminated, truncated, info | {"data_reward": float(done)}
 
     def observation(self, observation):
         return np.concatenate([observation["observation"], self.goal])

@@ -17,7 +17,7 @@ WHOLE = 1_000_000  # transitions of the smallest file that OGBench publishes
 class OGBench(OfflineEnv):
     """One task of OGBench's, which pays 1 for success and ends with it: the mean return over episodes is the success
     rate. As the package has it, an action is judged by the state in which it is taken: one more step follows the one
-    that solves the task.
+    that solves the task. `info` has as "data_reward" what the data pay (see get_dataset), and "success".
 
     `name` is that of the dataset and the task: "cube-single-play-singletask-task2-v0" is task 2 of the environment
     cube-single with the file cube-single-play-v0.npz; without "-task2" it is OGBench's default task. Raises
@@ -58,8 +58,9 @@ class OGBench(OfflineEnv):
 
     def step(self, action):
         with global_random(self.random.integers(2**31)):  # teleports
-            obs, _, terminated, truncated, info = self.env.step(action)
-        return obs, float(info["success"]), terminated, truncated, {"success": bool(info["success"])}
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        info = {"success": bool(info["success"]), "data_reward": float(reward)}
+        return obs, float(info["success"]), terminated, truncated, info
 
     def provenance(self, path=None):
         """Made of a file that is there. A part of OGBench's data under the name of the whole is not OGBench's."""

@@ -152,6 +152,12 @@ def test_next_actions_are_the_datasets():
     backwards = [3, 1]  # where nothing follows and nothing ends
     with pytest.raises(UserError, match="rows must stand in the order in which they happened"):
         with_next_actions(Transitions(*(column[backwards] for column in columns)))
+    shuffled = torch.randperm(400)  # of these one in twenty is terminal: its next action does not matter
+    long = torch.arange(400.0)[:, None]
+    columns = (long, long, torch.zeros(400), long + 1, (torch.arange(400) % 20 == 19).float(), torch.zeros(400).long())
+    assert len(with_next_actions(Transitions(*columns)).obs) == 400
+    with pytest.raises(UserError, match="most next actions are unknown"):
+        with_next_actions(Transitions(*(column[shuffled] for column in columns)))
     assert data.obs[:, 0].tolist() == [0, 1, 2, 3, 6, 7]  # 4 led to 5, whose action is unknown
     assert data.next_actions[[0, 1, 3, 4], 0].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.7])
     sample = data.sample(100)

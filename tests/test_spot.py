@@ -7,8 +7,10 @@ import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import tiny_envs
 import torch
@@ -16,8 +18,9 @@ from conftest import ROOT, assert_same_run, checkpoint, dataset, one_sentence, o
 from forked import Forked
 from test_closed_forms import random_batch
 
+from baselines import spot
 from baselines.spot import Args, ContinuousSPOT, DensityModel, DiscreteSPOT, defaults, fine_tune
-from vqvae import ActionVQVAE, Memory, Task, Transitions, copy_learner, minimize, play
+from vqvae import ActionVQVAE, Memory, Task, Transitions, UserError, copy_learner, minimize, play
 
 
 def discrete(num_codes=8, **fields):
@@ -383,6 +386,111 @@ def test_the_twin_begins_where_the_agent_has_ended():
     assert torch.equal(before[1]["state"][0]["exp_avg"], after[1]["state"][0]["exp_avg"])
 
 
+def test_online_facts_by_hand(capsys):
+    """Codes by the sign of an action: of four new ones three are stored as that; errors of an all-zero decoder."""
+    old, new = torch.tensor([[0.5], [-0.5]]), torch.tensor([[0.2], [-0.2], [0.4], [-0.4]])
+    transitions = [Transitions(torch.zeros(len(a), 3), a, *[torch.zeros(len(a))] * 4) for a in (old, new)]
+    data, fresh = (rows._replace(codes=(rows.actions[:, 0] > 0).long()) for rows in transitions)
+    fresh.codes[3] = 1
+    memory = SimpleNamespace(new=lambda: fresh)
+    vqvae = SimpleNamespace(encode_dataset=lambda obs, actions: (actions[:, 0] > 0).long())
+    history = {"saq_online/score": ([1, 2], [10.0, 30.0]), "spot_online/score": ([1], [40.0])}
+    run = SimpleNamespace(history=history.get, args=SimpleNamespace(reference=50.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spot, "codebook_health", lambda _, obs, a: {"reconstruction_error": a.square().mean().item()})
+        facts = spot.online_facts(run, "saq_online", memory, vqvae, data)
+        twin = spot.online_facts(run, "spot_online", memory, vqvae, data)
+    assert (facts["same_code"], facts["regret"], facts["reference"]) == pytest.approx((0.75, 1 - 20 / 50, 50))
+    assert (facts["error_offline"], facts["error_online"]) == pytest.approx((0.25, 0.1))
+    assert "same_code" not in twin
+    assert twin["regret"] == pytest.approx(1 - 40 / 50)
+    assert capsys.readouterr().out.startswith("saq_online: regret 0.6, reference 50, same_code 0.75")
+
+
+class Moody(gym.Env):
+    """Episodes of five steps. `says`: what it returns in a step, by its number since the beginning of all."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    steps = 0
+
+    def __init__(self, says=None, resets=None):
+        self.says, self.resets = says or {}, resets
+
+    def observe(self):
+        return np.full(3, self.time / 10 + (self.resets.count(self.seed) - 1 if self.resets is not None else 0))
+
+    def reset(self, *, seed=None, options=None):
+        self.seed, self.time = seed, 0
+        if self.resets is not None:
+            self.resets.append(seed)
+        return self.observe().astype(np.float32), {}
+
+    def step(self, action):
+        Moody.steps, self.time = Moody.steps + 1, self.time + 1
+        obs, reward, info = self.observe().astype(np.float32), 1.0, {}
+        for what, value in self.says.get(Moody.steps, {}).items():
+            obs, reward = (obs * value, reward) if what == "obs" else (obs, value if what == "reward" else reward)
+            info = {what: value} if what == "data_reward" else info
+        return obs, reward, False, self.time == 5, info
+
+
+def steps_in(env, count, memory=None):
+    """A memory after so many steps of no consequence."""
+    Moody.steps = 0
+    data = random_batch(action_dim=1, num_codes=4)
+    memory = memory or Memory(data, 20)
+    vqvae = ActionVQVAE(3, 1, 4, hidden=(8,))
+    task = Task(env, None, 0.0, "", lambda reward: 2 * reward)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gym, "make", lambda spec: env)
+        generator = play(lambda obs: (torch.zeros(1, 1), torch.zeros(1).long()), memory, vqvae, task, 0)
+        for _ in range(count):
+            next(generator)
+    return memory
+
+
+def test_rewards_are_what_the_data_would_pay():
+    """Where that differs, the environment says so; then as the data's are scaled."""
+    memory = steps_in(Moody({2: {"data_reward": -3.0}}), 3)
+    assert memory.new().rewards.tolist() == [2, -6, 2]
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none_end_the_phase_in_a_sentence(what, value):
+    with pytest.raises(UserError, match="in online step 3 the environment gives NaN or infinity"):
+        steps_in(Moody({3: {what: value}}), 4)
+
+
+def test_an_environment_that_cannot_repeat_an_episode_begins_another(capsys):
+    """After seven steps the second episode has two; where its seed leads elsewhere, a third begins."""
+    memory = steps_in(Moody(), 7)
+    assert memory.began == 5
+    steps_in(Moody(), 1, memory)  # the same from the same seed
+    assert (memory.began, len(memory.new().obs), capsys.readouterr().out) == (5, 8, "")
+    resets = [1_000_005]  # as if this seed had been played already
+    steps_in(Moody(resets=resets), 1, memory)
+    assert "does not do the same from the same seed" in capsys.readouterr().out
+    assert resets == [1_000_005, 1_000_005, 1_000_008]
+    assert (memory.began, len(memory.new().obs)) == (8, 9)
+
+
+def test_the_policy_steps_on_critics_that_have_stepped():
+    """In the second update; the first leaves it, and Adam knows nothing of it."""
+    agent, batch = continuous(), random_batch()
+    agent.update(batch)
+    other = copy.deepcopy(agent)
+    torch.manual_seed(0)
+    agent.update(batch)
+    torch.manual_seed(0)
+    minimize(*other.qf_loss(batch), other.qf_optimizer)
+    gradients = torch.autograd.grad(other.actor_loss(batch)[0], list(other.actor.parameters()))
+    for parameter, gradient in zip(agent.actor.parameters(), gradients, strict=True):
+        moment = agent.actor_optimizer.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * gradient, atol=1e-9, rtol=1e-4)
+
+
 # --- Runs ---
 
 
@@ -419,7 +527,6 @@ def test_an_online_run_says_what_came_of_it(whole):
         assert facts["error_offline"] > 0
         memory = checkpoint(folder)["parts"][f"{name}_memory"]
         assert len(memory["obs"]) == 22
-    assert 0 <= result["online"]["saq_online"]["same_code"] <= 1
     steps = [
         float(line.split(",")[0])
         for line in (folder / "metrics.csv").read_text().splitlines()[1:]
@@ -460,6 +567,10 @@ def test_an_offline_run_goes_on_online_and_then_further(whole, tiny, tmp_path):
         assert len(ours["online"][name]["scores"]) == 3
         assert set(ours["online"][name]["scores"]) == set(ours[agent]["last_5_scores"])
         assert ours[name]["returns"] == ours[agent]["returns"]
+    before = ours["online"]["spot_online"]
+    succeeded(run_forked("--resume", folder, "--reference", 50, script=SCRIPT, path=[ROOT]))  # a divisor, no more
+    facts = json.loads((folder / "result.json").read_text())["online"]["spot_online"]
+    assert (facts["scores"], facts["regret"]) == (before["scores"], pytest.approx(2 * before["regret"] - 1))
     line = one_sentence(run_forked("--resume", folder, "--online-steps", 9, script=SCRIPT, path=[ROOT]))
     assert "17 online steps are done" in line
     line = one_sentence(run_forked("--resume", folder, "--steps", 20, script=SCRIPT, path=[ROOT]))
