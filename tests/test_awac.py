@@ -1,5 +1,6 @@
 """baselines/awac.py against the closed form, and the sampled form against the formulas of its paper."""
 
+import copy
 import dataclasses
 import math
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from test_closed_forms import random_batch
 
+import saq_brac
 from baselines.awac import Args, ContinuousAWAC, DiscreteAWAC
-from vqvae import ActionVQVAE
+from vqvae import ActionVQVAE, minimize
 
 
 def agent(num_codes=8, **fields):
@@ -67,7 +69,47 @@ def test_weighted_likelihood_over_codes_ends_at_the_closed_form():
     torch.testing.assert_close(logits.softmax(0), closed, atol=1e-4, rtol=0)
 
 
+def test_it_is_saq_brac_without_a_policy_network():
+    """With --actor-free --no-value-penalty --prior-floor -1000 --weight-decay 0, alpha = beta = lambda."""
+    awac, batch = agent(temperature=0.7), random_batch()
+    fields = dict(actor_free=True, value_penalty=False, prior_floor=-1000.0, weight_decay=0.0, alpha=0.7, beta=0.7)
+    brac = saq_brac.DiscreteBRAC(3, awac.vqvae, dataclasses.replace(saq_brac.Args(), **fields))
+    brac.qf.load_state_dict(awac.qf.state_dict())
+    brac.qf_target.load_state_dict(awac.qf_target.state_dict())
+    for _ in range(20):
+        awac.update(batch)
+        brac.update(batch)
+    for ours, theirs in zip(awac.qf.parameters(), brac.qf.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 # --- Over continuous actions ---
+
+
+def test_draws_are_of_the_policy():
+    """Around its mode, with its deviations, inside the box."""
+    awac = ContinuousAWAC(3, 2, Args())
+    with torch.no_grad():
+        awac.actor.logit.copy_(torch.tensor([1.0, -1.0]))
+    obs = torch.zeros(20_000, 3)
+    mode, std = awac.actor.mode(obs[:1])[0], (6 / (1 + (-awac.actor.logit).exp()) - 6).exp()
+    actions = awac.actor.sample(obs)
+    assert actions.abs().max() <= 1
+    expected = (mode + std * torch.randn(20_000, 2)).clamp(-1, 1)
+    torch.testing.assert_close(actions.mean(0), expected.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(actions.std(0), expected.std(0), atol=0.02, rtol=0)
+    assert std[0] > 1.5 * std[1]
+
+
+def test_the_policy_learns_from_critics_of_before_the_step():
+    awac, batch = ContinuousAWAC(3, 2, dataclasses.replace(Args(), lr=0.1)), random_batch()
+    before = copy.deepcopy(awac)
+    torch.manual_seed(0)
+    awac.update(batch)
+    torch.manual_seed(0)
+    minimize(*before.actor_loss(batch, before.advantage(batch).detach()), before.actor_optimizer)
+    for ours, theirs in zip(awac.actor.parameters(), before.actor.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_batch_weights_are_exponentials_over_their_mean():

@@ -1,5 +1,6 @@
 """baselines/bear.py: the exact discrepancy against draws, the sampled one against the formula of the official code."""
 
+import copy
 import dataclasses
 import math
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from test_closed_forms import random_batch
 
-from baselines.bear import CVAE, Args, ContinuousBEAR, DiscreteBEAR, Price, exact_mmd, kernel, sampled_mmd
-from vqvae import ActionVQVAE
+from baselines.bear import CVAE, Actor, Args, ContinuousBEAR, DiscreteBEAR, Price, exact_mmd, kernel, sampled_mmd
+from vqvae import ActionVQVAE, minimize
 
 
 def policies(batch=4, num_codes=6, dim=2):
@@ -201,3 +202,46 @@ def test_the_generative_model_by_hand(monkeypatch):
     gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+# --- Draws, and the order of an update ---
+
+
+def test_draws_before_tanh():
+    """The policy's: Gaussian, of deviation exp(log_std - 1). The model's: what the decoder makes of clipped latents."""
+    actor = Actor(3, 2)
+    actor.net[-1].weight.data.zero_()
+    actor.net[-1].bias.data.copy_(torch.tensor([0.3, -2.0, 0.0, -1.0]))
+    draws = actor.sample(torch.zeros(10, 3), 4_000)  # (10, 4000, 2)
+    torch.testing.assert_close(draws.mean((0, 1)), torch.tensor([0.3, -2.0]), atol=0.02, rtol=0)
+    expected = torch.tensor([math.exp(-1), math.exp(-2)])
+    torch.testing.assert_close(draws.flatten(0, 1).std(0), expected, atol=0.01, rtol=0)
+    actor.net[-1].bias.data[2:] = 50.0  # no wider than e^2
+    assert actor.sample(torch.zeros(10, 3), 4_000).std().item() == pytest.approx(math.exp(2), rel=0.2)
+    model = CVAE(3, 2)
+    model.decoder = torch.nn.Identity()
+    obs_and_latents = model.sample(torch.full((10, 3), 7.0), 500)
+    assert (obs_and_latents[..., :3] == 7).all()
+    latents = obs_and_latents[..., 3:]
+    assert latents.shape == (10, 500, 4)
+    assert (latents.min(), latents.max()) == (-0.5, 0.5)
+    assert (latents.abs() == 0.5).float().mean().item() == pytest.approx(0.617, abs=0.02)  # of a Gaussian, beyond 0.5
+
+
+@pytest.mark.parametrize("name", ["saq_bear", "bear"])
+def test_the_policy_steps_on_critics_that_have_stepped(name):
+    args, batch = dataclasses.replace(Args(), warm_up=0.0, lr=0.01), random_batch()
+    vqvae = ActionVQVAE(3, 2, 8, hidden=(8,))
+    agent = DiscreteBEAR(3, vqvae, args) if name == "saq_bear" else ContinuousBEAR(3, 2, args)
+    other = copy.deepcopy(agent)
+    torch.manual_seed(0)
+    agent.update(batch)
+    torch.manual_seed(0)
+    other.step += 1
+    if name == "bear":
+        minimize(other.model.loss(batch.obs, batch.actions), {}, other.model_optimizer)
+    minimize(*other.qf_loss(batch), other.qf_optimizer)
+    gradients = torch.autograd.grad(other.actor_loss(batch)[0], list(other.actor.parameters()))
+    for parameter, gradient in zip(agent.actor.parameters(), gradients, strict=True):
+        moment = agent.actor_optimizer.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * gradient, atol=1e-8, rtol=1e-3)

@@ -10,7 +10,8 @@ import torch
 from conftest import DEVICES_SEEN, ROOT, checkpoint, only_run, tensors
 
 needs_cuda = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
-SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc"]
+SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc", "baselines/rebrac", "baselines/spot"]
+WORDS = {"baselines/rebrac": [], "baselines/spot": ["--vq-steps=20", "--vae-steps=20", "--online-steps=20"]}
 LEARNERS = ["quantizer", "mixture", "aquadem", "saq_cql", "cql", "saq_iql", "iql", "saq_brac", "brac"]
 LEARNERS += ["saq_bc", "bc", "gaussian_bc", "bc_gmm", "saq_awac", "awac", "saq_bear", "bear", "saq_spot", "spot"]
 LEARNERS += ["rebrac", "td3_bc", "fql", "ifql"]
@@ -45,10 +46,12 @@ def test_fast_steps_are_the_plain_ones(device, precision):
 @needs_cuda
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path, script):
-    tiny = ["--device=cuda", "--vq-steps=20", "--eval-every=10", "--eval-episodes=1", "--final-episodes=1"]
-    run(f"{script}.py", *tiny, "--steps", 20, "--out", tmp_path / "whole")
-    run(f"{script}.py", *tiny, "--steps", 10, "--out", tmp_path / "parts")
-    run(f"{script}.py", "--resume", only_run(tmp_path / "parts"), "--steps", 20)
+    tiny = ["--device=cuda", "--eval-every=10", "--eval-episodes=1", "--final-episodes=1"]
+    tiny += WORDS.get(script, ["--vq-steps=20"])
+    flag = "--online-steps" if script == "baselines/spot" else "--steps"  # whose offline phase is over by then
+    run(f"{script}.py", "--steps", 20, *tiny, flag, 20, "--out", tmp_path / "whole")
+    run(f"{script}.py", "--steps", 20, *tiny, flag, 10, "--out", tmp_path / "parts")
+    run(f"{script}.py", "--resume", only_run(tmp_path / "parts"), flag, 20)
     whole, parts = (tensors(checkpoint(only_run(tmp_path / name))["parts"]) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():

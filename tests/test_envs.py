@@ -367,7 +367,7 @@ def test_kitchen_observes_d4rls_goal():
 def test_kitchen_pays_each_task_once_and_ends_when_all_are_done():
     env = make("kitchen-complete-v0")
     env.reset(seed=0)
-    robot, total = env.unwrapped.robot_env, 0.0
+    robot, total, as_in_data = env.unwrapped.robot_env, 0.0, []
     for indices, goal, done in [
         ([22], [-0.75], False),
         ([19], [0.37], False),
@@ -378,11 +378,13 @@ def test_kitchen_pays_each_task_once_and_ends_when_all_are_done():
             qpos = robot.data.qpos.copy()
             qpos[indices] = goal
             robot.set_state(qpos, np.zeros_like(robot.data.qvel))
-            _, reward, terminated, _, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+            _, reward, terminated, _, info = env.step(np.zeros(env.action_space.shape, np.float32))
             total += reward
+            as_in_data.append(info["data_reward"])
             assert reward == reward_expected
         assert terminated == done
     assert total == 4
+    assert as_in_data == [1, 1, 2, 2, 3, 3, 4]  # D4RL's file pays in every step in which a task is done
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "door-human-v0.hdf5").exists(), reason="the human demonstrations are not here")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_closed_forms import random_batch
 
-from baselines.fql import FQL, IFQL, Args, Flow, make_agents
+from baselines.fql import FQL, IFQL, Args, Flow, defaults, make_agents
 
 
 def arguments(**fields):
@@ -158,3 +158,28 @@ def test_v_is_the_expectile_of_q_over_the_data():
         agent.vf_optimizer.step()
         agent.vf_optimizer.zero_grad()
     assert agent.vf(torch.zeros(1, 1)).item() == pytest.approx(0.8, abs=0.02)
+
+
+ALPHAS = {  # the authors'
+    "antmaze-medium-play-v2": 10,
+    "antmaze-large-diverse-v2": 3,
+    "pen-human-v1": 10_000,
+    "pen-cloned-v1": 10_000,
+    "pen-expert-v1": 3_000,
+    "door-human-v0": 30_000,
+    "door-expert-v1": 30_000,
+    "hammer-human-v1": 30_000,
+    "hammer-cloned-v1": 10_000,
+    "hammer-expert-v1": 30_000,
+    "relocate-human-v1": 10_000,
+    "relocate-cloned-v1": 30_000,
+    "relocate-expert-v1": 30_000,
+}
+
+
+@pytest.mark.parametrize("task", ALPHAS)
+def test_weights_by_task(task):
+    """The lower critic in adroit alone; Q as it is in both suites."""
+    args = defaults(task)
+    assert (args.alpha, args.normalize_q, args.pessimistic) == (ALPHAS[task], False, "antmaze" not in task)
+    assert args.reward_shift == (-1 if "antmaze" in task else 0)

@@ -230,13 +230,15 @@ def test_an_episode_ends_with_success_and_its_return_is_one(cube):
 
     cube.reset(seed=0)
     still = np.zeros(5, np.float32)
-    assert [cube.step(still)[1:3] for _ in range(3)] == [(0.0, False)] * 3
+    steps = [cube.step(still) for _ in range(3)]
+    assert [step[1:3] for step in steps] == [(0.0, False)] * 3
+    assert [step[4] for step in steps] == [{"success": False, "data_reward": -1.0}] * 3  # as in the file
     arm = cube.unwrapped
     arm.data.joint("object_joint_0").qpos[:3] = [0.50, 0.0, 0.02]
     mujoco.mj_forward(arm.model, arm.data)
     assert cube.step(still)[1:3] == (0.0, False)
     _, reward, terminated, truncated, info = cube.step(still)
-    assert (reward, terminated, truncated, info) == (1.0, True, False, {"success": True})
+    assert (reward, terminated, truncated, info) == (1.0, True, False, {"success": True, "data_reward": 0.0})
 
 
 @needs_ogbench

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_closed_forms import random_batch
 
-from baselines.rebrac import Args, ReBRAC, Steps, make_agents, network, with_next_actions
+from baselines.rebrac import Args, ReBRAC, Steps, defaults, make_agents, network, with_next_actions
 from vqvae import Linear, Transitions, UserError, adamw, minimize
 
 
@@ -207,3 +207,50 @@ def test_the_policy_leaves_the_data_where_q_is_higher():
         ends[beta] = agent.act(obs[:1]).item()
     assert ends[0.01] > 0.7
     assert abs(ends[100.0]) < 0.1
+
+
+ROWS = {  # the authors' weights of the distance, in the policy and in the target
+    "halfcheetah-medium-v2": (0.001, 0.01),
+    "halfcheetah-medium-replay-v2": (0.01, 0.001),
+    "halfcheetah-medium-expert-v2": (0.01, 0.1),
+    "halfcheetah-expert-v2": (0.01, 0.01),
+    "hopper-medium-v2": (0.01, 0.01),
+    "hopper-medium-replay-v2": (0.05, 0.5),
+    "hopper-medium-expert-v2": (0.1, 0.01),
+    "hopper-expert-v2": (0.1, 0.1),
+    "walker2d-medium-v2": (0.05, 0.1),
+    "walker2d-medium-replay-v2": (0.05, 0.01),
+    "walker2d-medium-expert-v2": (0.01, 0.01),
+    "walker2d-expert-v2": (0.01, 0.5),
+    "maze2d-large-v1": (0.003, 0.001),
+    "antmaze-umaze-v2": (0.003, 0.002),
+    "antmaze-umaze-diverse-v2": (0.003, 0.001),
+    "antmaze-medium-play-v2": (0.001, 0.0005),
+    "antmaze-medium-diverse-v2": (0.001, 0.0),
+    "antmaze-large-play-v2": (0.002, 0.001),
+    "antmaze-large-diverse-v2": (0.002, 0.002),
+    "pen-human-v1": (0.1, 0.5),
+    "pen-cloned-v1": (0.05, 0.5),
+    "pen-expert-v1": (0.01, 0.01),
+    "door-human-v1": (0.1, 0.1),
+    "door-cloned-v1": (0.01, 0.1),
+    "door-expert-v1": (0.05, 0.01),
+    "hammer-human-v1": (0.01, 0.5),
+    "hammer-cloned-v1": (0.1, 0.5),
+    "hammer-expert-v1": (0.01, 0.01),
+    "relocate-human-v1": (0.1, 0.01),
+    "relocate-cloned-v1": (0.1, 0.01),
+    "relocate-expert-v1": (0.05, 0.01),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_weights_by_task(task):
+    args = defaults(task)
+    assert (args.actor_beta, args.critic_beta) == ROWS[task]
+    assert (args.discount, args.reward_scale) == ((0.999, 100.0) if "antmaze" in task else (0.99, 1.0))
+
+
+def test_any_antmaze_is_one():
+    args = defaults("antmaze-eval-umaze-v0")
+    assert (args.discount, args.reward_scale, args.eval_episodes) == (0.999, 100.0, 100)
