@@ -142,8 +142,8 @@ HPARAMS = {
 # --- ReBRAC ---
 
 
-class Steps(NamedTuple):
-    """Transitions with the dataset's next action, which ReBRAC's critics ask for."""
+class Sarsa(NamedTuple):
+    """Transitions with the dataset's next action, s, a, r, s', a', which ReBRAC's critics ask for."""
 
     obs: torch.Tensor  # (N, O)
     actions: torch.Tensor  # (N, A), in [-1, 1]
@@ -155,20 +155,19 @@ class Steps(NamedTuple):
     def sample(self, batch_size, noise=0.0):
         """A batch of transitions, drawn uniformly with replacement. noise: see `vqvae.with_noise`."""
         rows = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
-        return with_noise(Steps(*(column[rows] for column in self)), noise)
+        return with_noise(Sarsa(*(column[rows] for column in self)), noise)
 
 
 def with_next_actions(data):
-    """Transitions -> Steps. The next action is the next row's, where the next row is what followed; where it is not (a
-    time limit) and nothing ended, it is unknown, and the transition is left out. Raises UserError if so few are left,
-    half, that rows cannot be in order."""
+    """Transitions -> Sarsa. The next action is the next row's, where the next row is what followed; where it is not (a
+    time limit) and nothing ended, it is unknown, and the transition is left out. Raises UserError where most are."""
     follows = (data.next_obs[:-1] == data.obs[1:]).all(1)
     follows, ends = torch.cat([follows, follows.new_zeros(1)]), data.terminals > 0
     if (follows & ~ends).sum() < (~ends).sum() / 2:
         raise UserError("most next actions are unknown: rows must stand in the order in which they happened.")
     known = follows | ends
     next_actions = data.actions.roll(-1, 0)
-    return Steps(*(column[known] for column in (*data[:5], next_actions)))
+    return Sarsa(*(column[known] for column in (*data[:5], next_actions)))
 
 
 def network(in_dim, out_dim, layers, layer_norm, bound):
@@ -189,7 +188,7 @@ def network(in_dim, out_dim, layers, layer_norm, bound):
 class ReBRAC(nn.Module):
     """TD3 with a penalty on the squared distance from the dataset's actions, in the policy and in the target.
 
-    A training loop calls `update(batch)` and nothing else, a batch of Steps; `act(obs)` is the policy. beta_1, beta_2:
+    A training loop calls `update(batch)` and nothing else, a batch of Sarsa; `act(obs)` is the policy. beta_1, beta_2:
     weights of the distance, summed over the action's dimensions. pessimistic: the policy raises the lower of both
     critics, as ReBRAC's does, not the first, as TD3+BC's. Read of `args`: lr, discount, polyak, noise."""
 

@@ -38,7 +38,7 @@ def train(learner, data, run):
     def update():
         batch = data.sample(32)
         if isinstance(learner, rebrac.ReBRAC):
-            batch = rebrac.Steps(*batch[:5], batch.actions)
+            batch = rebrac.Sarsa(*batch[:5], batch.actions)
         return learner.update(*(batch[:2] if isinstance(learner, Quantizer) else [batch]))
 
     step = run(update)

@@ -140,7 +140,7 @@ def first_batch(script, obs):
     """A batch of obs (B, 3) in the form that a script's agents take."""
     n = len(obs)
     columns = [obs, torch.rand(n, 2) * 2 - 1, torch.rand(n), obs + 1, torch.zeros(n), torch.arange(n) % 4]
-    return rebrac.Steps(*columns[:5], columns[1]) if script == "rebrac" else Transitions(*columns)
+    return rebrac.Sarsa(*columns[:5], columns[1]) if script == "rebrac" else Transitions(*columns)
 
 
 def new_agent(script, name):

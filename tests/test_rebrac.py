@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from test_closed_forms import random_batch
 
-from baselines.rebrac import Args, ReBRAC, Steps, defaults, make_agents, network, with_next_actions
+from baselines.rebrac import Args, ReBRAC, Sarsa, defaults, make_agents, network, with_next_actions
 from vqvae import Linear, Transitions, UserError, adamw, minimize
 
 
 def steps(size=64):
-    """Random Steps; every third is terminal."""
+    """Random transitions; every third is terminal."""
     batch = random_batch(size=size)
-    return Steps(*batch[:4], (torch.arange(size) % 3 == 0).float(), torch.rand(size, 2) * 2 - 1)
+    return Sarsa(*batch[:4], (torch.arange(size) % 3 == 0).float(), torch.rand(size, 2) * 2 - 1)
 
 
 def agents(**fields):
@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_those_of_the_papers(name):
     agent = agents(actor_beta=0.3, critic_beta=0.2, alpha=2.5)[name].double()
     for parameter in agent.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    batch = Steps(*(column.double() for column in steps()))
+    batch = Sarsa(*(column.double() for column in steps()))
     rebrac = name == "rebrac"
     beta_1, beta_2 = (0.3, 0.2) if rebrac else (1 / (2.5 * 2), 0.0)
     noise = 0.1 * torch.randn(64, 2).double()
@@ -161,7 +161,7 @@ def test_next_actions_are_the_datasets():
     assert data.obs[:, 0].tolist() == [0, 1, 2, 3, 6, 7]  # 4 led to 5, whose action is unknown
     assert data.next_actions[[0, 1, 3, 4], 0].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.7])
     sample = data.sample(100)
-    assert isinstance(sample, Steps)
+    assert isinstance(sample, Sarsa)
     noisy = data.sample(5_000, 100.0)  # far more than observations differ by
     assert [noisy.obs.std().item(), noisy.next_obs.std().item()] == pytest.approx([100.0, 100.0], rel=0.05)
     assert noisy.next_actions.unique().tolist() == data.next_actions.unique().tolist()
@@ -174,7 +174,7 @@ def test_between_two_good_actions_a_strong_penalty_ends_in_the_middle(name):
     """That is what a squared distance says: 0 is the nearest to half of the data at -1 and half at 1."""
     obs = torch.zeros(256, 1)
     actions = torch.where(torch.arange(256) % 2 == 0, -1.0, 1.0)[:, None]
-    batch = Steps(obs, actions, torch.ones(256), obs, torch.ones(256), actions)
+    batch = Sarsa(obs, actions, torch.ones(256), obs, torch.ones(256), actions)
     args = dataclasses.replace(Args(), actor_beta=10.0, alpha=0.1, lr=1e-3)
     agent = make_agents(1, 1, args)[name]
     agent.actor[-1].bias.data.fill_(1.0)
@@ -196,7 +196,7 @@ def test_the_policy_leaves_the_data_where_q_is_higher():
     """A bandit that pays a: data in [-0.5, 0.5], a policy that is hardly held ends above them."""
     obs = torch.zeros(64, 1)
     actions = torch.linspace(-0.5, 0.5, 64)[:, None]
-    batch = Steps(obs, actions, actions[:, 0] + 2, obs, torch.ones(64), actions)
+    batch = Sarsa(obs, actions, actions[:, 0] + 2, obs, torch.ones(64), actions)
     ends = {}
     for beta in (0.01, 100.0):
         agent = ReBRAC(1, 1, dataclasses.replace(Args(), lr=1e-3), beta, 0.0, 2, False, True)
