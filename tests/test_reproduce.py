@@ -13,7 +13,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, one_sentence, run_script
+from conftest import ROOT, one_sentence, run_forked, run_script
 from filelock import FileLock
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -132,7 +132,7 @@ def test_every_command_parses(name, monkeypatch, capsys):
 
 
 def test_dry_run():
-    process = run_script("table4", "--dry-run", "--paper", "--seeds", 1, script=SCRIPT)
+    process = run_forked("table4", "--dry-run", "--paper", "--seeds", 1, script=SCRIPT)
     assert process.returncode == 0, process.stderr
     *lines, last = process.stdout.splitlines()
     assert len(lines) == 16
@@ -412,30 +412,30 @@ def test_the_commit_is_of_the_code_not_of_results(tmp_path, monkeypatch):
 
 
 def test_a_table_of_other_commands_is_refused(undisturbed, tmp_path):
-    line = one_sentence(run_script(*flags(undisturbed, "--steps", 7), script=SCRIPT))
+    line = one_sentence(run_forked(*flags(undisturbed, "--steps", 7), script=SCRIPT))
     assert "is of other commands: pass another --table" in line
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    assert "is no table of this program" in one_sentence(run_script(*flags(tmp_path), script=SCRIPT))
+    assert "is no table of this program" in one_sentence(run_forked(*flags(tmp_path), script=SCRIPT))
 
 
 def test_two_drivers_do_not_write_one_table(tmp_path):
     with FileLock(tmp_path / "t.csv.lock"):
-        assert "another process is writing" in one_sentence(run_script(*flags(tmp_path), script=SCRIPT))
+        assert "another process is writing" in one_sentence(run_forked(*flags(tmp_path), script=SCRIPT))
 
 
 def test_what_there_is_not(tmp_path):
-    line = one_sentence(run_script("small", "--tasks", "door-human-v0", "hopper-exprt", script=SCRIPT))
+    line = one_sentence(run_forked("small", "--tasks", "door-human-v0", "hopper-exprt", script=SCRIPT))
     assert "small has no 'hopper-exprt' among its tasks: door-human-v0, " in line
-    line = one_sentence(run_script("small", "--quantizers", "mixture", "--agents", "cql", script=SCRIPT))
+    line = one_sentence(run_forked("small", "--quantizers", "mixture", "--agents", "cql", script=SCRIPT))
     assert "no run of small has such a task, agent and quantizer together" in line
-    assert "seeds must be a number between 1 and" in one_sentence(run_script("table4", "--seeds", 0, script=SCRIPT))
+    assert "seeds must be a number between 1 and" in one_sentence(run_forked("table4", "--seeds", 0, script=SCRIPT))
 
 
 def test_machines_that_are_not_there(tmp_path):
     pytest.importorskip("ray", reason="requirements-benchmarks.txt is not installed")
     line = one_sentence(run_script(*flags(tmp_path, "--cpus-per-run", 1000), script=SCRIPT))
     assert "no machine has the 1000 CPU that a run asks for" in line
-    assert "error: " in one_sentence(run_script(*flags(tmp_path, "--address", "nowhere"), script=SCRIPT))
+    assert "error: " in one_sentence(run_forked(*flags(tmp_path, "--address", "nowhere"), script=SCRIPT))
 
 
 def test_a_driver_and_a_worker_are_killed(undisturbed, tmp_path):
