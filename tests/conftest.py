@@ -28,6 +28,12 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=12, help="how often test_hostile.py kills a run")
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: no process is to be left with one of them when the other has ended."""
+    first = ["test_runs.py", "test_reproduce.py", "test_readme.py", "test_hostile.py"]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -112,10 +112,10 @@ def test_one_update_is_timed(tmp_path):
     process = run_script(*options.split(), "bc", script="benchmarks/speed.py")
     assert process.returncode == 0, process.stderr
     assert [row[:20].strip() for row in process.stdout.splitlines()] == ["update", "bc"]
-    process = run_script(*options.split(), "nothing", script="benchmarks/speed.py")
+    process = run_forked(*options.split(), "nothing", script="benchmarks/speed.py")
     assert process.returncode == 2
     assert process.stderr.startswith("error: no update is called 'nothing': --only takes some of vqvae fit, ")
-    process = run_script(*options.split(), "bc", "--table", tmp_path / "t.csv", script="benchmarks/speed.py")
+    process = run_forked(*options.split(), "bc", "--table", tmp_path / "t.csv", script="benchmarks/speed.py")
     assert (process.returncode, list(tmp_path.iterdir())) == (2, [])  # a table of some would lose the others
 
 

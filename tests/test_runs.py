@@ -113,7 +113,8 @@ def test_the_other_scripts(finish, script, agents, logged):
         ("saq_cql", "saq_cql", []),
         ("saq_cql", "cql", []),
         ("saq_iql", "iql", []),
-        ("saq_brac", "brac", ["--precision=bfloat16"]),
+        ("saq_brac", "brac", []),
+        ("saq_bc", "saq_bc", ["--precision=bfloat16", "--no-compare"]),
     ],
 )
 def test_killed_and_resumed_is_bit_for_bit_the_same(finish, tmp_path, script, phase, options):
