@@ -140,19 +140,31 @@ def save(path):
 
 
 def test_the_readmes_table():
-    """What plot.py makes of the CSV but for the last two columns, baselines/ and, one cell excepted, VQ-VAE codes."""
+    """What plot.py makes of the CSV but for its last two columns, baselines and VQ-VAE codes; and what is said of it."""
     pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
     import plot
 
+    text = " ".join(README.split())
     runs = plot.read(RESULTS / "small.csv")
-    cell = [run.score for run in runs if (run.task, run.label) == ("door-human-v0", "saq_bc, vqvae")]
-    assert "SAQ-BC has {:.1f} ± {:.1f} there".format(*plot.mean_and_error(cell)) in README
+
+    def score(task, label):
+        scores = [run.score for run in runs if (run.task, run.label) == (task, label)]
+        return "{:.1f} ± {:.1f}".format(*plot.mean_and_error(scores))
+
+    assert f"SAQ-BC has {score('door-human-v0', 'saq_bc, vqvae')} there" in text
+    medium, cheetah = score("hopper-medium-v2", "rebrac"), score("halfcheetah-medium-replay-v2", "rebrac")
+    assert f"ReBRAC leads on hopper-medium ({medium}) and halfcheetah ({cheetah}), BEAR on hopper-medium-replay" in text
+    assert f"BEAR on hopper-medium-replay ({score('hopper-medium-replay-v2', 'bear').split()[0]}" in text
     fresh = plot.read(RESULTS / "seeds.csv")
     assert {run.seed for run in fresh} == {3, 4, 5, 6, 7, 8}  # SAQ-CQL's alpha was chosen with the first three
     cells = [[run.score for run in fresh if run.agent == agent and run.seed > 5] for agent in ("saq_cql", "saq_iql")]
     cql, iql = map(plot.mean_and_error, cells)
-    words = "saq_cql has {:.1f} ± {:.1f}, saq_iql {:.1f} ± {:.1f}".format(*cql, *iql)
-    assert words in " ".join(README.split())
+    assert "saq_cql has {:.1f} ± {:.1f}, saq_iql {:.1f} ± {:.1f}".format(*cql, *iql) in text
+    cube = plot.by_label(plot.read(RESULTS / "ogbench.csv"))
+    cube = {label: plot.mean_and_error([run.score for run in cell])[0] for label, cell in cube.items()}
+    cql, iql = cube.pop("saq_cql, mixture"), cube.pop("saq_iql, mixture")
+    others = max(cube.values())
+    assert f"saq_cql solves {cql:.0f}% of episodes, saq_iql {iql:.0f}%, others {others:.0f}% at most" in text
     agents = {"prior", *(agent for script in reproduce.SAQ for agent in reproduce.SCRIPTS[script])}
     runs = [run for run in runs if run.agent in agents and run.quantizer not in ("vqvae", "aquadem")]
     runs.sort(key=lambda run: reproduce.SMALL.index(run.task))
