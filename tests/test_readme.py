@@ -140,7 +140,7 @@ def save(path):
 
 
 def test_the_readmes_table():
-    """What plot.py makes of the CSV but for its last two columns, baselines and VQ-VAE codes; and what is said of it."""
+    """The one plot.py makes but for its last two columns, baselines and VQ-VAE codes, and what is said of it."""
     pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
     import plot
 
