@@ -296,9 +296,10 @@ def make_table(runs, score, reps):
             scores = [score(run) for run in own if run.task == task]
             if scores and None not in scores:
                 mean, error = mean_and_error(scores)
-                text = f"{mean:.1f}" + f" ± {error:.1f}" * (len(scores) > 1)
+                shown, off = round(mean, 1) + 0.0, round(float(error), 1)  # as they are printed, but never as -0.0
+                least = round(shown - off, 1)
+                text = f"{shown:.1f}" + f" ± {off:.1f}" * (len(scores) > 1)
                 text += f" ({len(scores)})" * (1 < len(scores) < seeds)
-                shown, least = round(mean, 1), round(round(mean, 1) - round(float(error), 1), 1)  # as they are printed
                 columns[task][label] = len(scores), shown, least, text
     columns |= {"IQM": {}, "mean": {}}
     matrices = normalised_scores(runs, score)
