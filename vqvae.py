@@ -1150,6 +1150,7 @@ class Memory:
         self.count.fill_(self.old + done)
 
 
+@torch.no_grad()
 def play(explore, memory, vqvae, task, seed):
     """Steps of `explore`, which maps obs (1, O) to an action (1, A) and a code (1,), in an environment of its own. A
     generator: each `next` writes one transition into `memory`, its reward in the dataset's units. An environment whose

@@ -11,6 +11,7 @@ import saq_bc
 import saq_brac
 import saq_cql
 import saq_iql
+from baselines import awac, bear, spot
 from vqvae import QUANTIZERS, Aquadem, Mixture, fit, plot_codes
 
 
@@ -154,7 +155,10 @@ def test_support_leaves_out_what_the_data_hardly_do(kind):
     assert left == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], [0]]
 
 
-@pytest.mark.parametrize("script", [saq_cql, saq_iql, saq_brac, saq_bc])
+OVER_CODES = [saq_cql, saq_iql, saq_brac, saq_bc, awac, bear, spot]
+
+
+@pytest.mark.parametrize("script", OVER_CODES)
 def test_agents_pass_their_support_on(script):
     asked = []
     args = dataclasses.replace(script.Args(), act="mean", support=0.37, compare=False)
@@ -163,3 +167,13 @@ def test_agents_pass_their_support_on(script):
     (agent,) = script.make_agents(3, 2, quantizer, args).values()
     agent.act(torch.randn(7, 3))
     assert asked == [((7, 4), "mean", 0.37)]
+
+
+@pytest.mark.parametrize("data", ["random", "medium", "medium-replay", "medium-expert", "expert", "full-replay"])
+@pytest.mark.parametrize("robot", ["hopper", "halfcheetah", "walker2d"])
+def test_locomotion_acts_alike_in_every_script(robot, data):
+    """By the mean; over all codes where one noisy policy made the data, over the usual ones elsewhere."""
+    for script in OVER_CODES:
+        args = script.defaults(f"{robot}-{data}-v2", quantizer="mixture")
+        supports = {0.0} if data == "medium" else {0.1, 0.2} if data == "expert" and robot == "hopper" else {0.2}
+        assert (args.act, args.support in supports) == ("mean", True), (script.__name__, args.support)
