@@ -69,7 +69,7 @@ class Args:
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     vq_batch_size: int = 256  # transitions that each of them sees
-    quantizer: Literal["vqvae", "mixture", "hard-mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
+    quantizer: Literal["vqvae", "mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
@@ -108,7 +108,7 @@ HPARAMS = {
     "antmaze-": dict(alpha=5.0, reward_scale=10.0, reward_shift=-5.0, eval_episodes=100),
     "lift- can- square- tool- transport-": dict(eval_episodes=50),
     "ogbench:": dict(alpha=0.3, target_every=50, eval_episodes=50),
-    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
+    "mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
 
@@ -155,10 +155,10 @@ class DiscreteCQL(nn.Module):
         """One gradient step on the loss, after which the copies of the Q network follow; returns what to log."""
         info = minimize(*self.loss(batch), self.optimizer)
         self.step += 1
-        # A copy in every target_every-th update: a rate of 1, and else of 0, since a CUDA graph has no branches.
+        # A copy in every target_every-th update. A CUDA graph has no `if`: the rate is 1 then, and 0 in all others.
         polyak_update(self.qf_target, self.qf, self.step % self.args.target_every == 0)
-        # One step changes Q by more than good codes differ, so that the best one jumps from step to step. That of the
-        # average does not. Its rate begins as 1 / step: at first it is a plain mean.
+        # One step changes Q by more than good codes differ, so that the best code jumps from step to step; by the
+        # average's Q it does not. Its rate begins as 1 / step: at first it is a plain mean.
         if self.args.average:
             polyak_update(self.qf_average, self.qf, (1 / self.step).clamp(min=self.args.average))
         return info
@@ -349,9 +349,9 @@ def parse_args():
 
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
-    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
-    PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
+    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Observations
+    are padded to ten rows: a product rounds, and a policy draws, by how many there are, and what an environment is told
+    alone is then what it is told among ten. This seeds PyTorch: in a training, call it as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -400,9 +400,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        names = ("torch", "numpy", "gymnasium", "mujoco")
-        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
+        loaded = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "gymnasium", "mujoco") if m in sys.modules}
+        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": loaded})
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
             signal.signal(number, self.interrupt)
 
@@ -482,7 +481,7 @@ class Run:
                 self.updating = False
                 values = evaluation() | {"seconds": self.state["seconds"][phase]}
                 self.log(phase, step, values)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
+                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]}, refresh=False)
                 seconds, began, self.updating = values["seconds"], clock(), True
         self.updating = False
         self.state["due"] = "" if self.state["due"] == phase else self.state["due"]

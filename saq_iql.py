@@ -6,7 +6,8 @@ extracted from Q: over continuous actions by a regression, over the K codes of a
 
     1. `fit` trains the VQ-VAE on the dataset: encode (s, a) -> code, decode (s, code) -> a (vqvae.py)
     2. `encode_dataset` replaces every action of the dataset by its code k, once
-    3. `DiscreteIQL.update`: |tau - 1[Q(s, k) < V(s)]| (Q(s, k) - V(s))^2 trains V, (Q(s, k) - r - gamma V(s'))^2 Q
+    3. `DiscreteIQL.update` trains V(s), 0 beyond terminals, and Q(s, .), K outputs, of which Q' is a slow copy, by
+           V: |tau - 1[Q'(s, k) < V(s)]| (Q'(s, k) - V(s))^2            Q: (Q(s, k) - r - gamma V(s'))^2
     4. `DiscreteIQL.act` decodes a code of p(k | s) exp((Q(s, k) - V(s)) / lambda) (Eq. 14), p the quantizer's prior
 
     python saq_iql.py                                             # three maze demonstrations
@@ -67,7 +68,7 @@ class Args:
     # --- Quantizer ---
     vq_steps: int = 30_000  # gradient steps of the quantizer (the authors: 500_000)
     vq_batch_size: int = 256  # transitions that each of them sees
-    quantizer: Literal["vqvae", "mixture", "hard-mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
+    quantizer: Literal["vqvae", "mixture", "aquadem"] = "vqvae"  # vqvae: the paper's; docs/vqvae.md
     num_codes: int = 64  # K, the number of codes
     action_only: bool = False  # the paper's ablation: quantize actions without looking at the state (Table 3)
     vq_decay: bool = True  # let the quantizer's learning rate fall to 0 along a cosine
@@ -107,7 +108,7 @@ HPARAMS = {
     "kitchen- maze2d-": dict(temperature=2.0, beta=0.5),
     "antmaze-": dict(expectile=0.9, temperature=0.1, beta=10.0, reward_shift=-1.0, eval_episodes=100),
     "lift- can- square- tool- transport- ogbench:": dict(expectile=0.9, temperature=1.0, beta=1.0, eval_episodes=50),
-    "mixture hard-mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
+    "mixture": dict(num_codes=64, act="mean"),  # by quantizer, over the task's row: K needs no choice
     "aquadem": dict(num_codes=10),  # as published
 }
 
@@ -315,7 +316,7 @@ PLAIN = dict(num_codes=64, vq_decay=False, decay=False, revive_every=0, normaliz
 PLAIN |= dict(act="sample", temperature=2.0)
 # What a command line may change when the policies of a run are evaluated, and when it goes on.
 FREE = {"device", "dataset_path", "eval_episodes", "video", "resume", "eval_only"}
-FREE_TO_EVALUATE = FREE | {"act", "support"}
+FREE_TO_EVALUATE = FREE | {"act", "support", "temperature", "prior_floor"}
 FREE_TO_RESUME = FREE | {"steps", "track", "compile", "log_every", "eval_every", "final_episodes"}
 
 
@@ -352,9 +353,9 @@ def parse_args():
 
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
-    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
-    PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
+    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Observations
+    are padded to ten rows: a product rounds, and a policy draws, by how many there are, and what an environment is told
+    alone is then what it is told among ten. This seeds PyTorch: in a training, call it as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -403,9 +404,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        names = ("torch", "numpy", "gymnasium", "mujoco")
-        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
+        loaded = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "gymnasium", "mujoco") if m in sys.modules}
+        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": loaded})
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
             signal.signal(number, self.interrupt)
 
@@ -485,7 +485,7 @@ class Run:
                 self.updating = False
                 values = evaluation() | {"seconds": self.state["seconds"][phase]}
                 self.log(phase, step, values)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
+                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]}, refresh=False)
                 seconds, began, self.updating = values["seconds"], clock(), True
         self.updating = False
         self.state["due"] = "" if self.state["due"] == phase else self.state["due"]

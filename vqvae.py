@@ -216,13 +216,10 @@ class Mixture(Quantizer):
 
     The code of an action is the component that it most likely came from; a code decodes to its candidate. No encoder
     sees the state beside the action, so nothing asks a code to tell of the state, and a state uses as many codes as
-    the actions there need. K = 1 is regression.
+    the actions there need. K = 1 is regression."""
 
-    hard: the largest term in place of the sum, which leaves noise to sigma and keeps fewer codes in use."""
-
-    def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, hidden=(512, 512), hard=False):
+    def __init__(self, obs_dim, action_dim, num_codes=64, action_only=False, lr=3e-4, hidden=(512, 512)):
         super().__init__(obs_dim, num_codes, action_only)
-        self.hard = hard
         self.net = mlp(obs_dim, num_codes * (1 + action_dim), hidden)
         with torch.no_grad():  # candidates that began at the same action would stay together
             self.net[-1].bias[num_codes:].uniform_(-1, 1)
@@ -244,13 +241,12 @@ class Mixture(Quantizer):
 
     def forward(self, obs, actions):
         log_joint, distance = self.log_joint(obs, actions)  # (B, K) each
-        loss = -(log_joint.amax(1) if self.hard else log_joint.logsumexp(1)).mean()
+        loss = -log_joint.logsumexp(1).mean()
         # sigma^2 at its optimum: the mean squared distance of actions from the candidates, weighed by their shares,
         # over A; as a running average of batches. One sigma for all dimensions: with one for each, a dimension whose
         # actions are clipped at a bound would shrink its own to nothing, and decide every code.
         with torch.no_grad():
-            share = F.one_hot(log_joint.argmax(1), self.num_codes) if self.hard else log_joint.softmax(1)
-            residual = (share * distance).sum(1).mean() / actions.shape[1]
+            residual = (log_joint.softmax(1) * distance).sum(1).mean() / actions.shape[1]
         return loss, {"loss": loss, "residual": residual}
 
     def update(self, obs, actions):
@@ -323,7 +319,6 @@ class Aquadem(Mixture):
 QUANTIZERS = {
     "vqvae": ActionVQVAE,
     "mixture": Mixture,
-    "hard-mixture": partial(Mixture, hard=True),
     "aquadem": Aquadem,
 }
 
@@ -502,8 +497,9 @@ def apply_gradients(*optimizers):
 
 
 def decay_lr(optimizer, step, steps):
-    """Sets the learning rate of step `step`, a number or a tensor, on a cosine from the one it was made with to 0."""
-    step = torch.as_tensor(step, dtype=torch.float64)
+    """Sets the learning rate of step `step`, a number or a tensor, on a cosine from the one it was made with to 0,
+    where it stays after `steps`."""
+    step = torch.as_tensor(step, dtype=torch.float64).clamp(max=steps)
     for group in optimizer.param_groups:
         group["lr"].copy_(optimizer.defaults["initial_lr"] * (1 + torch.cos(math.pi * step / steps)) / 2)
 

@@ -341,9 +341,9 @@ def parse_args():
 
 @torch.no_grad()
 def evaluate(agent, vqvae, envs, episodes, seed=1_000):
-    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Policies
-    are asked for ten actions even where fewer environments run, which then draw what they would among ten. It seeds
-    PyTorch: in the middle of a training call it inside torch.random.fork_rng, as `assess` does."""
+    """The returns (E,) of `episodes` episodes, `envs.num_envs` at a time; episode i starts from seed + i. Observations
+    are padded to ten rows: a product rounds, and a policy draws, by how many there are, and what an environment is told
+    alone is then what it is told among ten. This seeds PyTorch: in a training, call it as `assess` does."""
     returns, n = [], envs.num_envs
     for first in range(seed, seed + episodes, n):
         torch.manual_seed(first)
@@ -392,9 +392,8 @@ class Run:
         if args.resume is not None:
             self.restore()
         self.track = tracker(self.folder, vars(args)) if args.track else lambda values: None
-        names = ("torch", "numpy", "gymnasium", "mujoco")
-        versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": versions})
+        loaded = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "gymnasium", "mujoco") if m in sys.modules}
+        write_file(self.folder / "args.json", {"args": vars(args), "python": sys.version, "versions": loaded})
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send before they kill
             signal.signal(number, self.interrupt)
 
@@ -474,7 +473,7 @@ class Run:
                 self.updating = False
                 values = evaluation() | {"seconds": self.state["seconds"][phase]}
                 self.log(phase, step, values)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]})
+                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:2]}, refresh=False)
                 seconds, began, self.updating = values["seconds"], clock(), True
         self.updating = False
         self.state["due"] = "" if self.state["due"] == phase else self.state["due"]

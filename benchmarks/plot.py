@@ -55,10 +55,10 @@ SUITES = {
 FAMILIES = {"td3_bc": "rebrac", "ifql": "fql", "gaussian_bc": "bc", "bc_gmm": "bc"}
 FAMILIES |= {"online": "spot", "spot_online": "spot"}  # of SPOT and of SAQ-SPOT, where they go on online
 ORDER = ["cql", "iql", "brac", "bc", "awac", "bear", "spot", "rebrac", "fql"]
-QUANTIZERS = ["vqvae", "mixture", "hard-mixture", "aquadem"]
+QUANTIZERS = ["vqvae", "mixture", "aquadem"]
 # Okabe and Ito's colours, which the colour-blind tell apart. Variants of a quantizer take those that a table leaves.
 BLUE, RED, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
-CODES = dict(zip(QUANTIZERS, [BLUE, RED, ORANGE, GREEN], strict=True))
+CODES = dict(zip(QUANTIZERS, [BLUE, RED, GREEN], strict=True))
 LOOKS = {  # of agents that share a panel with another of their kind
     "gaussian_bc": (PURPLE, "-."),
     "td3_bc": (PURPLE, "-."),

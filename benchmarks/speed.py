@@ -147,7 +147,6 @@ def updates(device):
 
         return step
 
-    del quantizers["hard-mixture"]  # whose products are the mixture's
     steps = {f"{kind} fit": fit_step(quantizer) for kind, quantizer in quantizers.items()}
     steps["density fit"] = lambda: agents["spot"].vae.update(data.sample(BATCH))
     for name, agent in agents.items():

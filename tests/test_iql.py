@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_closed_forms import random_batch
 from test_parity import assert_same, batch, load_mlp, official
 
-from saq_iql import Args, ContinuousIQL, DiscreteIQL, best_of, expectile, expectile_loss, learn
+from saq_iql import FREE_TO_EVALUATE, Args, ContinuousIQL, DiscreteIQL, best_of, expectile, expectile_loss, learn
 from vqvae import ActionVQVAE, Transitions, UserError, adamw, minimize, mlp
 
 CRITIC = "VmapStateActionValue_0/MLP_0"
@@ -275,12 +275,26 @@ def test_actor_density_integrates_to_one():
 
 
 def test_learning_rate_of_the_twins_policy_falls_along_a_cosine():
-    """From the whole of it in the first step; after the last one it would be 0."""
+    """From the whole of it in the first step; after the last one it is 0, and stays."""
     iql = ContinuousIQL(3, 2, dataclasses.replace(Args(), steps=10))
     rates = []
-    for _ in range(11):
+    for _ in range(16):
         iql.update(random_batch())
         rates.append(iql.actor_optimizer.param_groups[0]["lr"].item())
     assert rates[0] == pytest.approx(3e-4)
     assert rates[5] == pytest.approx(1.5e-4)
-    assert rates[10] == pytest.approx(0, abs=1e-10)
+    assert rates[10:] == pytest.approx([0] * 6, abs=1e-10)
+
+
+def test_lambda_and_the_floor_are_about_acting_alone():
+    """So a trained run may be asked for others; each of them does change what is done."""
+    assert {"temperature", "prior_floor"} <= FREE_TO_EVALUATE
+    agents, obs = [], torch.randn(9, 3)
+    for fields in ({}, {"temperature": 50.0}, {"prior_floor": -0.5}):
+        torch.manual_seed(0)
+        agents.append(agent(**fields))
+        for _ in range(3):
+            agents[-1].update(random_batch())
+    for other in agents[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(agents[0].parameters(), other.parameters(), strict=True))
+        assert not torch.equal(other.policy_logits(obs), agents[0].policy_logits(obs))

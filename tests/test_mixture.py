@@ -49,31 +49,28 @@ def test_one_code_is_regression():
     assert (mixture.encode_dataset(obs, actions) == 0).all()
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_hard_and_soft_agree_where_candidates_are_far_apart(hard):
-    mixture = Mixture(3, 2, 3, hard=hard)
+def test_where_candidates_are_far_apart_an_action_has_one():
+    """The loss is then the likelihood of that one alone, the residual its distance, the code its number."""
+    mixture = Mixture(3, 2, 3)
     with torch.no_grad():
         mixture.net[-1].weight.zero_()
         mixture.net[-1].bias.copy_(torch.tensor([0.3, 0.0, -1.0, -0.9, -0.9, 0.0, 0.0, 0.9, 0.9]))
     mixture.variance.fill_(0.01)
     obs = torch.randn(90, 3)
     actions = mixture.candidates(obs)[range(90), torch.arange(90) % 3] + 0.1 * torch.randn(90, 2)
-    other = Mixture(3, 2, 3, hard=not hard)
-    other.load_state_dict(mixture.state_dict())
-    (loss, info), (other_loss, other_info) = mixture(obs, actions), other(obs, actions)
-    torch.testing.assert_close(loss, other_loss)
-    torch.testing.assert_close(info["residual"], other_info["residual"])
+    (loss, info), (log_joint, distance) = mixture(obs, actions), mixture.log_joint(obs, actions)
+    torch.testing.assert_close(loss, -log_joint.amax(1).mean())
+    torch.testing.assert_close(info["residual"], distance.amin(1).mean() / 2)
     assert torch.equal(mixture.encode(obs, actions), torch.arange(90) % 3)
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_two_modes_get_two_candidates(hard):
+def test_two_modes_get_two_candidates():
     """Actions -0.7 and 0.7, three times as often: the prior knows how often, sigma how exactly."""
     torch.manual_seed(0)
     obs = torch.randn(4000, 2)
     right = torch.rand(4000) < 0.75
     actions = torch.where(right, 0.7, -0.7)[:, None] + 0.05 * torch.randn(4000, 1)
-    mixture = Mixture(2, 1, num_codes=8, hidden=(32,), lr=3e-3, hard=hard)
+    mixture = Mixture(2, 1, num_codes=8, hidden=(32,), lr=3e-3)
     for _ in fit(mixture, obs, actions, steps=1500):
         pass
     codes = mixture.encode_dataset(obs, actions)
@@ -101,7 +98,6 @@ def test_one_code_has_a_picture(kind):
 def test_aquadem_is_a_mixture_with_a_fixed_sigma_and_a_uniform_prior():
     aquadem, obs, actions = Aquadem(3, 2, 5, temperature=0.3), torch.randn(40, 3), torch.rand(40, 2)
     aquadem.outputs = lambda obs, dropout=0: Aquadem.outputs(aquadem, obs)  # without dropout
-    aquadem.hard = False
     mixture_loss, _ = Mixture.forward(aquadem, obs, actions)
     constant = 0.3 * math.log(2 * math.pi * 0.15)  # of two dimensions
     torch.testing.assert_close(aquadem(obs, actions)[1]["loss"], 0.3 * mixture_loss - constant)

@@ -102,7 +102,7 @@ def test_the_benchmark(tmp_path):
     with open(tmp_path / "speed.csv", newline="") as file:
         timed = {row["update"]: row for row in csv.DictReader(file)}
     assert [row[:20].strip() for row in rows] == list(timed)
-    fits = {f"{kind} fit" for kind in [*QUANTIZERS, "density"] if kind != "hard-mixture"}
+    fits = {f"{kind} fit" for kind in [*QUANTIZERS, "density"]}
     assert timed.keys() == fits.union(*reproduce.SCRIPTS.values())
     assert all(float(row["steps_per_second"]) > 0 and float(row["share"]) > 0 for row in timed.values())
 
@@ -140,7 +140,7 @@ def save(path):
 
 
 def test_the_readmes_table():
-    """The one plot.py makes but for its last two columns, baselines and VQ-VAE codes, and what is said of it."""
+    """The one plot.py makes but for its last two columns, baselines and Aquadem's codes, and what is said of it."""
     pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
     import plot
 
@@ -151,22 +151,31 @@ def test_the_readmes_table():
         scores = [run.score for run in runs if (run.task, run.label) == (task, label)]
         return "{:.1f} ± {:.1f}".format(*plot.mean_and_error(scores))
 
-    assert f"SAQ-BC has {score('door-human-v0', 'saq_bc, vqvae')} there" in text
     medium, cheetah = score("hopper-medium-v2", "rebrac"), score("halfcheetah-medium-replay-v2", "rebrac")
     assert f"ReBRAC leads on hopper-medium ({medium}) and halfcheetah ({cheetah}), BEAR on hopper-medium-replay" in text
     assert f"BEAR on hopper-medium-replay ({score('hopper-medium-replay-v2', 'bear').split()[0]}" in text
+
+    def gain(task, agent, kind):
+        over = [[run.score for run in runs if run[:3] == (task, name, kind)] for name in (agent, "prior")]
+        return plot.mean_and_error(over[0])[0] - plot.mean_and_error(over[1])[0]
+
+    mixed = ["hopper-medium-v2", "hopper-medium-replay-v2", "halfcheetah-medium-replay-v2"]
+    gains = [f"{gain(task, 'saq_cql', 'vqvae'):.0f}" for task in mixed]
+    assert f"SAQ-CQL adds {gains[0]}, {gains[1]} and {gains[2]} on medium and the replays" in text
+    most = max(gain(task, agent, "mixture") for task in reproduce.SMALL for agent in reproduce.SAQ)
+    assert f"over mixture codes at most {most:.0f} points" in text
     fresh = plot.read(RESULTS / "seeds.csv")
     assert {run.seed for run in fresh} == {3, 4, 5, 6, 7, 8}  # SAQ-CQL's alpha was chosen with the first three
     cells = [[run.score for run in fresh if run.agent == agent and run.seed > 5] for agent in ("saq_cql", "saq_iql")]
     cql, iql = map(plot.mean_and_error, cells)
-    assert "saq_cql has {:.1f} ± {:.1f}, saq_iql {:.1f} ± {:.1f}".format(*cql, *iql) in text
+    assert "saq_cql, mixture has {:.1f} ± {:.1f}, saq_iql {:.1f} ± {:.1f}".format(*cql, *iql) in text
     cube = plot.by_label(plot.read(RESULTS / "ogbench.csv"))
     cube = {label: plot.mean_and_error([run.score for run in cell])[0] for label, cell in cube.items()}
     cql, iql = cube.pop("saq_cql, mixture"), cube.pop("saq_iql, mixture")
     others = max(cube.values())
     assert f"saq_cql solves {cql:.0f}% of episodes, saq_iql {iql:.0f}%, others {others:.0f}% at most" in text
     agents = {"prior", *(agent for script in reproduce.SAQ for agent in reproduce.SCRIPTS[script])}
-    runs = [run for run in runs if run.agent in agents and run.quantizer not in ("vqvae", "aquadem")]
+    runs = [run for run in runs if run.agent in agents and run.quantizer != "aquadem"]
     runs.sort(key=lambda run: reproduce.SMALL.index(run.task))
     lines = plot.make_table(runs, lambda run: run.score, reps=10)
     assert len(lines) > 10
