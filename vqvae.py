@@ -330,7 +330,7 @@ def fit(vqvae, obs, actions, steps, batch_size=256, start=0, compile="off", deca
     """Trains `vqvae` on obs (N, O), actions (N, A) from step `start` to `steps`. A generator: it yields (step, info)
     after each step, for the caller to log, save or stop. On a GPU the next step overwrites `info`.
 
-    compile: "off", "on", or "auto", on from 10,000 steps: torch.compile on the CPU (`accelerate`).
+    compile: "off", "on", or "auto": torch.compile, or a CUDA graph (`accelerate`).
     decay: let the learning rate fall to 0, so that the codes come to rest; False for the paper's constant one, and
     where `update` is to go on afterwards.
     revive_every: move dead codes to encoder outputs every so many of the first 90% of the steps; 0: never. Of
@@ -513,17 +513,18 @@ def polyak_update(target, network, rate):
 
 
 def accelerate(update, device, compile="off", steps=0):
-    """Returns a function that does what `update` does, faster. `update` takes nothing and returns a dict of tensors.
+    """Returns a function that does what `update` does, faster, or `update` itself where `compile` is "off". It takes
+    nothing and returns a dict of tensors.
 
     CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph. What
     it returns is overwritten by the next step; numbers and branches of Python stay what they were at the capture, so
     that what is to change must be a tensor.
-    CPU: `compile` "on" merges everything between the matrix products with torch.compile, backward pass included. That
-    needs a C++ compiler; without one it says so and `update` runs as it is. It takes half a minute before the first
-    step, so "auto" leaves it out where there are fewer than 10,000 `steps`.
+    CPU: torch.compile merges everything between the matrix products, backward pass included. That needs a C++ compiler;
+    without one it says so and `update` runs as it is. It takes half a minute before the first step, so "auto" leaves it
+    out where there are fewer than 10,000 `steps`.
     """
     if device.type == "cuda":
-        return with_cuda_graph(update)
+        return update if compile == "off" else with_cuda_graph(update)
     if compile == "on" or (compile == "auto" and steps >= 10_000):
         update = with_compile(update)
     return with_a_word_when_slow(update)

@@ -63,7 +63,7 @@ class Args:
     eval_only: str | None = None  # evaluate the policies saved in this run folder, train nothing
     track: bool = False  # log to Weights & Biases as well
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where tensors live
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile on the CPU; auto: for 10_000 steps or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile (auto: for 10_000 steps or more); GPU: CUDA graphs
     precision: Literal["float32", "bfloat16"] = "float32"  # of products between hidden layers; bfloat16 is faster
     log_every: int = 500  # steps between two log entries
     eval_every: int = 5_000  # steps between two evaluations, each after a checkpoint
@@ -457,7 +457,7 @@ class Run:
 def learn(agent, data, args, start):
     """Trains an agent on batches of `data`; yields (step, info) after each step that follows `start`."""
     size, noise = args.batch_size, args.obs_noise
-    # The update itself, compiled or as a CUDA graph.
+    # The update itself, compiled or as a CUDA graph, unless --compile off.
     update = accelerate(lambda: agent.update(data.sample(size, noise)), data.obs.device, args.compile, args.steps)
     optimizers = [part for part in vars(agent).values() if isinstance(part, torch.optim.Optimizer)]
     for step in range(start + 1, args.steps + 1):

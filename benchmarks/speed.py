@@ -117,7 +117,7 @@ def multiply(update, device):
 def fast(update, device, compile):
     """`accelerate`, without its watch for slow steps: here steps wait while others have their bursts."""
     if device.type == "cuda":
-        return accelerate(update, device)
+        return accelerate(update, device, "auto")
     return with_compile(update) if compile == "on" else update
 
 

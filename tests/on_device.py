@@ -32,16 +32,26 @@ def learners(device):
     return found
 
 
+def transitions(device):
+    obs, next_obs = torch.randn(2, ROWS, OBS, device=device)
+    actions, codes = torch.rand(ROWS, ACTIONS, device=device) * 2 - 1, torch.randint(CODES, (ROWS,), device=device)
+    return Transitions(obs, actions, torch.rand(ROWS, device=device), next_obs, torch.zeros(ROWS, device=device), codes)
+
+
+def batch_for(learner, data):
+    batch = data.sample(32)
+    return rebrac.Sarsa(*batch[:5], batch.actions) if isinstance(learner, rebrac.ReBRAC) else batch
+
+
+def update_of(learner, data):
+    """A step of `learner` on a batch of data."""
+    batch = batch_for(learner, data)
+    return learner.update(*(batch[:2] if isinstance(learner, Quantizer) else [batch]))
+
+
 def train(learner, data, run):
     """Eight steps of `learner`, each made by what `run` makes of it; returns its parameters as one vector."""
-
-    def update():
-        batch = data.sample(32)
-        if isinstance(learner, rebrac.ReBRAC):
-            batch = rebrac.Sarsa(*batch[:5], batch.actions)
-        return learner.update(*(batch[:2] if isinstance(learner, Quantizer) else [batch]))
-
-    step = run(update)
+    step = run(lambda: update_of(learner, data))
     torch.manual_seed(1)
     for _ in range(STEPS):
         info = step()
@@ -52,13 +62,11 @@ def train(learner, data, run):
 def main():
     device = prepare(*sys.argv[1:])
     torch.manual_seed(2)
-    obs, next_obs = torch.randn(2, ROWS, OBS, device=device)
-    actions, codes = torch.rand(ROWS, ACTIONS, device=device) * 2 - 1, torch.randint(CODES, (ROWS,), device=device)
-    data = Transitions(obs, actions, torch.rand(ROWS, device=device), next_obs, torch.zeros(ROWS, device=device), codes)
+    data = transitions(device)
     plain, fast = learners(device), learners(device)
     for name in plain:
         expected = train(plain[name], data, lambda update: update)
-        got = train(fast[name], data, lambda update: accelerate(update, device))
+        got = train(fast[name], data, lambda update: accelerate(update, device, "auto"))
         print(name, float((got - expected).norm() / expected.norm()))
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import on_device
 import pytest
 import torch
 from conftest import DEVICES_SEEN, ROOT, checkpoint, only_run, tensors
@@ -41,6 +42,41 @@ def test_fast_steps_are_the_plain_ones(device, precision):
     assert [name for name, _ in lines] == LEARNERS
     limit = {"float32": 1e-5, "bfloat16": 1e-3}[precision]
     assert [(name, error) for name, error in lines if float(error) > limit] == []
+
+
+class CheckedAdamW(torch.optim.AdamW):
+    """AdamW for tensors without values: it looks at devices, and steps nowhere."""
+
+    def __init__(self, parameters, lr, **options):
+        super().__init__(parameters, 1e-3, **options)  # which would read a tensor
+        self.param_groups[0]["lr"] = lr
+
+    def step(self):
+        (group,) = self.param_groups
+        tensors = [group["lr"], getattr(self, "found_inf", group["lr"]), *(p.grad for p in group["params"])]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+        assert group["capturable"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_step_leaves_its_device_nowhere(name, monkeypatch):
+    """On PyTorch's meta device, whose tensors have no values: whoever reads one, which no CUDA graph can, or mixes it
+    with the CPU's raises. So every update and policy is sound as far as that goes, and none was seen on a GPU."""
+    monkeypatch.setattr(torch.optim, "AdamW", CheckedAdamW)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it reads what it has drawn
+    device = torch.device("meta")
+    learner, data = on_device.learners(device)[name], on_device.transitions(device)
+    for _ in range(2):
+        info = on_device.update_of(learner, data)
+    seen = [*info.values(), *learner.parameters(), *learner.buffers()]
+    if name in ("quantizer", "mixture", "aquadem"):
+        logits = learner.prior_logits(data.obs)
+        seen += [learner.act(data.obs, logits, how, 0.1) for how in ("greedy", "sample", "mean")]
+        seen += [learner.encode_dataset(data.obs, data.actions), learner.normalize(data.obs)]
+    else:
+        seen += [learner.act(data.obs), *learner.diagnose(on_device.batch_for(learner, data)).values()]
+    seen += learner.explore(data.obs[:1]) if hasattr(learner, "explore") else ()
+    assert {tensor.device.type for tensor in seen} == {"meta"}
 
 
 @needs_cuda
