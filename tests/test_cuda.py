@@ -58,14 +58,21 @@ class CheckedAdamW(torch.optim.AdamW):
         assert group["capturable"]
 
 
+@pytest.fixture(scope="module")
+def on_meta():
+    """Learners by name and transitions, on the meta device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", CheckedAdamW)
+        patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it reads what it has drawn
+        device = torch.device("meta")
+        yield on_device.learners(device), on_device.transitions(device)
+
+
 @pytest.mark.parametrize("name", LEARNERS)
-def test_a_step_leaves_its_device_nowhere(name, monkeypatch):
+def test_a_step_leaves_its_device_nowhere(name, on_meta):
     """On PyTorch's meta device, whose tensors have no values: whoever reads one, which no CUDA graph can, or mixes it
     with the CPU's raises. So every update and policy is sound as far as that goes, and none was seen on a GPU."""
-    monkeypatch.setattr(torch.optim, "AdamW", CheckedAdamW)
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it reads what it has drawn
-    device = torch.device("meta")
-    learner, data = on_device.learners(device)[name], on_device.transitions(device)
+    learner, data = on_meta[0][name], on_meta[1]
     for _ in range(2):
         info = on_device.update_of(learner, data)
     seen = [*info.values(), *learner.parameters(), *learner.buffers()]

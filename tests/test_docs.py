@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, dataset, write
+from conftest import ROOT, dataset, only_run, run_forked, succeeded, write
 from test_scripts_agree import BASELINES, SCRIPTS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,10 +43,10 @@ def test_what_a_script_has_trained_acts_elsewhere(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     write(tmp_path / "mine.npz", dataset(obs_dim=5, action_dim=2))
     words = "--env none --dataset-path mine.npz --vq-steps 5 --steps 5 --no-compare --quantizer mixture --num-codes 7"
-    python("saq_iql.py", *words.split(), cwd=tmp_path)
-    (run,) = (tmp_path / "runs").iterdir()
+    words = words.replace("mine.npz", str(tmp_path / "mine.npz")).split()
+    succeeded(run_forked(*words, "--out", tmp_path / "runs", script="saq_iql.py"))
     (tmp_path / "act.py").write_text(
-        block.replace("NAME", run.name) + "\nprint(actions.shape, actions.abs().max() <= 1)\n"
+        block.replace("NAME", only_run(tmp_path / "runs").name) + "\nprint(actions.shape, actions.abs().max() <= 1)\n"
     )
     assert python("act.py", cwd=tmp_path).stdout == "torch.Size([3, 2]) tensor(True)\n"
 
