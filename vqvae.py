@@ -513,8 +513,8 @@ def polyak_update(target, network, rate):
 
 
 def accelerate(update, device, compile="off", steps=0):
-    """Returns a function that does what `update` does, faster, or `update` itself where `compile` is "off". It takes
-    nothing and returns a dict of tensors.
+    """Returns a function that does what `update` does, faster, unless `compile` is "off". `update` takes nothing and
+    returns a dict of tensors.
 
     CUDA: a step is hundreds of tiny kernels, so the whole of it, sampling included, is captured in one CUDA graph. What
     it returns is overwritten by the next step; numbers and branches of Python stay what they were at the capture, so

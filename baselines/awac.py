@@ -415,7 +415,7 @@ class Run:
         if self.state["due"] == phase:  # --resume begins with the evaluation that came next
             self.log(phase, start, evaluation() | {"seconds": seconds})
         pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of the bar
-        bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True, mininterval=pause)
+        bar = tqdm(updates, phase, steps, initial=start, dynamic_ncols=True, mininterval=pause, miniters=1)
         self.updating = True
         for step, info in bar:
             began = began or clock()

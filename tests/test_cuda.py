@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import DEVICES_SEEN, ROOT, checkpoint, only_run, tensors
 
+from vqvae import accelerate
+
 needs_cuda = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
 SCRIPTS = ["saq_cql", "saq_iql", "saq_brac", "saq_bc", "baselines/rebrac", "baselines/spot"]
 WORDS = {"baselines/rebrac": [], "baselines/spot": ["--vq-steps=20", "--vae-steps=20", "--online-steps=20"]}
@@ -84,6 +86,11 @@ def test_a_step_leaves_its_device_nowhere(name, on_meta):
         seen += [learner.act(data.obs), *learner.diagnose(on_device.batch_for(learner, data)).values()]
     seen += learner.explore(data.obs[:1]) if hasattr(learner, "explore") else ()
     assert {tensor.device.type for tensor in seen} == {"meta"}
+
+
+def test_graphs_can_be_switched_off():
+    update = dict
+    assert accelerate(update, torch.device("cuda"), "off") is update
 
 
 @needs_cuda

@@ -140,6 +140,13 @@ def wait_for(process, condition):
         time.sleep(0.005)
 
 
+def test_a_log_file_shows_no_score_beside_a_step_before_it(finished):
+    """Where lines of the bar are rare, the count that it keeps is old when an evaluation ends."""
+    shown = re.findall(r" (\d+)/\d+ \[[^]]*score=", finished[1].stderr)
+    assert shown
+    assert all(int(step) > 0 for step in shown)
+
+
 def test_a_saved_policy_scores_the_same_in_a_fresh_process(finished, tmp_path):
     """The very returns that the run itself printed, and not a byte of its folder changes."""
     folder = shutil.copytree(finished[0], tmp_path / "copy")
