@@ -537,7 +537,7 @@ def estimate(jobs, missing):
         print(f"{hours:8.2f} h  {job.command}")
     results = sum(len(jobs[command].agents) for command in missing)
     print(
-        f"{len(missing)} runs, {results} results, {total:.0f} core-hours of updates; evaluations come on top.", end=""
+        f"{len(missing)} runs, {results} results, {total:.1f} core-hours of updates; evaluations come on top.", end=""
     )
     print(f" Not timed: {', '.join(sorted(unknown))}." if unknown else "")
 

@@ -151,11 +151,11 @@ def test_hours_of_an_estimate(tmp_path, monkeypatch, capsys):
     fit, run, last = capsys.readouterr().out.splitlines()
     assert float(fit.split()[0]) == pytest.approx(10_000 / 40 / 3600, abs=0.005)
     assert float(run.split()[0]) == pytest.approx(30_000 / 10 / 3600 + 30_000 / 20 / 3600, abs=0.005)
-    assert last == "2 runs, 5 results, 1 core-hours of updates; evaluations come on top. Not timed: density fit."
+    assert last == "2 runs, 5 results, 1.3 core-hours of updates; evaluations come on top. Not timed: density fit."
     reproduce.estimate(jobs, set(list(jobs)[1:]))
     fit, run, last = capsys.readouterr().out.splitlines()
     assert fit.split()[0] == "there"
-    assert last.startswith("1 runs, 4 results, 1 core-hours")
+    assert last.startswith("1 runs, 4 results, 1.2")
 
 
 def test_everything_has_been_timed(capsys):
