@@ -507,7 +507,7 @@ def run_all(jobs, table, options):
             fits.save(job.command, outcome)
         for row in table.add(job, outcome, fit, commit) if job.command in todo else ():
             name = " ".join([row["agent"], row["quantizer"]])
-            tqdm.write(f"{row['task']:30}{name:30} seed {row['seed']}: {float(row['score']):7.1f}")
+            tqdm.write(f"{row['task']:37}{name:30} seed {row['seed']}: {float(row['score']):7.1f}")
     ray.shutdown()
     return failed
 

@@ -206,3 +206,26 @@ def test_the_scores_that_results_md_names():
     named = set(re.findall(r"-?\d+\.\d ± \d+\.\d", section))
     assert len(named) > 20
     assert not named - known
+
+
+def test_what_results_md_says_of_ogbench():
+    """The table of plot.py but for its last two columns, and the rates by seed."""
+    pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
+    import plot
+
+    text = (ROOT / "docs" / "results.md").read_text().split("## OGBench's cube")[1].split("\n## ")[0]
+    runs = plot.read(RESULTS / "ogbench.csv")
+    lines = plot.make_table(runs, lambda run: run.score, reps=10)
+    assert "\n".join(line.rsplit("|", 3)[0] + "|" for line in lines) in text
+    text = " ".join(text.split())
+    of = {label: sorted(cell, key=lambda run: run.seed) for label, cell in plot.by_label(runs).items()}
+    assert all([run.seed for run in cell] == [0, 1, 2] for cell in of.values())
+    cql, iql, bc = (of.pop(f"saq_{agent}, mixture") for agent in ("cql", "iql", "bc"))
+    assert "SAQ-IQL is at {:.0f}, {:.0f} and {:.0f}%".format(*(run.score for run in iql)) in text
+    assert "the same codes solves {:.0f}, {:.0f} and {:.0f}%".format(*(run.score for run in bc)) in text
+    most = max(run.score for cell in of.values() for run in cell)
+    assert f"continuous agents {most:.0f}% at most on any seed" in text
+    curves = [(run.curves["step"], run.curves["score"]) for run in cql]
+    assert max(step[score > runs[0].data_score][0] for step, score in curves) == 8_000
+    assert "passes the data's own rate within 8,000 steps on every seed" in text
+    assert min(run.score for run in cql[1:]) > cql[0].score  # with which settings were chosen
