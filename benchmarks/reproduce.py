@@ -26,7 +26,9 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -69,7 +71,8 @@ BASELINES = [script for script in SCRIPTS if "/" in script]
 NO_QUANTIZER = {"baselines/rebrac", "baselines/fql"}
 ONLINE = {"saq_spot": "saq_online", "spot": "spot_online"}  # what learns on after an agent, with --online-steps
 FITTED_FIRST = {"spot": "density", "spot_online": "density"}  # before an agent without codes, by its own script
-OURS = {"--env", "--seed", "--dataset-path", "--out", "--quantizer-from", "--resume", "--eval-only"}
+OURS = {"--env", "--seed", "--dataset-path", "--out", "--quantizer-from", "--resume", "--eval-only", "--quantizer"}
+OURS |= {"--compare", "--no-compare", "--use-prior", "--no-use-prior"}  # which agents a run has
 # The paper's tasks: rows of its Table 5, whose means by suite are its Table 1.
 LOCOMOTION = [
     f"{robot}-{data}-v2"
@@ -201,12 +204,14 @@ def check(options):
     """Raises UserError for numbers out of range, flags that are ours to set, and names that the plan does not have."""
     bounds = dict(seeds=(1, 1e6), first_seed=(0, 1e9), cpus_per_run=(1e-3, 1e6), gpus_per_run=(0, 1e6))
     check_numbers(vars(options), **bounds)
-    flags = {word.split("=")[0].replace("_", "-") for word in options.flags.split()}
-    if taken := flags & OURS:
-        raise UserError(f"--flags must leave {min(taken)} to this program.")
-    if flags and options.table is None:
-        raise UserError("with --flags, pass a --table of its own: these are other runs than those of the default one.")
     parts = PLANS[options.name]
+    flags, ours = flags_of(options.flags), OURS.union(*(flags_of(v) for part in parts for v in part.variants))
+    if taken := ours & flags.keys():
+        raise UserError(f"--flags must leave {min(taken)} to this program.")
+    if wrong := {flag for flag in flags if flag.endswith("steps") and not flags[flag].replace("_", "").isdecimal()}:
+        raise UserError(f"--flags: {min(wrong)} must be followed by a whole number.")
+    if options.flags.strip() and options.table is None:
+        raise UserError("with --flags, pass a --table of its own: these are other runs than those of the default one.")
     agents = {"prior", *(agent for part in parts for script in part.scripts for agent in SCRIPTS[script])}
     known = {"tasks": {task for part in parts for task in part.tasks}, "agents": agents}
     known["quantizers"] = {kind for part in parts for kind in part.quantizers}
@@ -282,7 +287,7 @@ def flags_of_fit(flags):
 # --- One run, on whichever machine Ray has put it ---
 
 
-def execute(command, fit, data, threads):
+def execute(command, fit, data, threads, gpus=0):
     """Runs a command in a process of its own, from the folder of the scripts. `fit` is what the run that fitted its
     quantizer returned. Returns a dict: error, a sentence or None, and where there is none the machine, the result, the
     logged numbers {name: (steps, values)}, and of a run that fits a quantizer its checkpoint, as bytes."""
@@ -292,6 +297,8 @@ def execute(command, fit, data, threads):
     if data is not None and words[-2:-1] == ["--dataset-path"]:
         words[-1] = str(Path(data) / words[-1])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray lets runs that ask for no GPU see all of them
     if data is not None:
         environment |= {"D4RL_DATASET_DIR": str(data), "OGBENCH_DATASET_DIR": str(Path(data) / "ogbench")}
     with tempfile.TemporaryDirectory() as folder:
@@ -324,7 +331,14 @@ def execute(command, fit, data, threads):
                 values.append(float(row["value"]))
         result = json.loads((run / "result.json").read_text())
         checkpoint = (run / "checkpoint.pt").read_bytes() if "--use-prior" in words else None
-    return dict(error=None, host=socket.gethostname(), result=result, logged=logged, checkpoint=checkpoint)
+    return dict(error=None, host=describe_machine(), result=result, logged=logged, checkpoint=checkpoint)
+
+
+def describe_machine():
+    """Its name and its processor's: seconds are theirs."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{socket.gethostname()} ({models[0] if models else platform.machine()})"
 
 
 def end_with_parent():
@@ -397,18 +411,34 @@ class Table:
         write_file(self.path, text.getvalue())
         return rows
 
+    def compare(self, job, outcome):
+        """Of a quantizer that was fitted again: a sentence where its prior's score is not the one in the table."""
+        ((name, key),) = zip(job.agents, job.rows(), strict=True)
+        (before,) = (row["final"] for row in self.rows if key_of(row) == key)
+        score = f"{outcome['result'][name]['score']:.6g}"
+        if score == before:
+            return None
+        return f"fitted again on another machine or by other code: {' '.join(key)} scores {score}, not {before}"
+
 
 def default_table(options):
-    """The CSV of a table in this repository; tables of other budgets have their own."""
+    """The CSV of a table in this repository; those of other budgets and of fresh seeds have their own."""
     budget = "-paper" * options.paper + (f"-{options.steps}-steps" if options.steps else "")
-    return RESULTS / f"{options.name}{budget}.csv"
+    seeds = f"-from-seed-{options.first_seed}" if options.first_seed else ""
+    return RESULTS / f"{options.name}{budget}{seeds}.csv"
+
+
+def flags_of(command):
+    """{flag: the word behind it}, however it is written; of two, the last, as in the script."""
+    words = re.sub(r"--\S+", lambda flag: flag[0].replace("_", "-").replace("=", " "), command).split()
+    pairs = itertools.zip_longest(words, words[1:], fillvalue="")
+    return {word: value for word, value in pairs if word.startswith("--")}
 
 
 def budget_of(command):
     """What all runs of a table have in common: {flag: number} of its steps, as far as the command says them."""
-    words = command.split()
-    flags = dict(zip(words, words[1:], strict=False))
-    common = {"--eval-every", "--vq-steps"} | ({"--steps"} if "--use-prior" not in words else set())
+    flags = flags_of(command)
+    common = {"--eval-every", "--vq-steps"} | ({"--steps"} if "--use-prior" not in flags else set())
     return {flag: flags[flag] for flag in common & flags.keys()}
 
 
@@ -449,6 +479,8 @@ class Fits:
 
 def describe_commit():
     """The commit of the code, "-dirty" where something but results has been edited since; empty without git."""
+    if shutil.which("git") is None:
+        return ""
     commit, edits = (
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         for words in (["describe", "--always"], ["status", "--porcelain", "-uno", ".", ":!benchmarks/results"])
@@ -487,8 +519,8 @@ def run_all(jobs, table, options):
     for command, job in jobs.items():
         if command not in needed:
             continue
-        kept = fits.load(command)
-        started[command] = ray.put(kept) if kept else task.remote(command, started[job.fit], data, threads)
+        kept, arguments = fits.load(command), (command, started[job.fit], data, threads, options.gpus_per_run)
+        started[command] = ray.put(kept) if kept else task.remote(*arguments)
         if command in todo or not kept:
             waiting[started[command]] = job
 
@@ -505,7 +537,11 @@ def run_all(jobs, table, options):
             continue
         if outcome["checkpoint"]:
             fits.save(job.command, outcome)
-        for row in table.add(job, outcome, fit, commit) if job.command in todo else ():
+        if job.command not in todo:  # a quantizer whose prior has its row
+            if difference := table.compare(job, outcome):
+                tqdm.write(difference)
+            continue
+        for row in table.add(job, outcome, fit, commit):
             name = " ".join([row["agent"], row["quantizer"]])
             tqdm.write(f"{row['task']:37}{name:30} seed {row['seed']}: {float(row['score']):7.1f}")
     ray.shutdown()
@@ -522,14 +558,13 @@ def estimate(jobs, missing):
         if job.command not in missing:
             print(f"{'there':>10}  {job.command}")
             continue
-        words = job.command.split()
-        flags = dict(zip(words, words[1:], strict=False))  # --steps -> its number
+        flags = flags_of(job.command)
         updates = [(agent, "--steps") for agent in job.agents if agent not in ONLINE.values()]
-        if "--use-prior" in words:
+        if "--use-prior" in flags:
             updates = [(f"{flags['--quantizer']} fit", "--vq-steps")]
         if "spot" in job.agents:
             updates += [("density fit", "--vae-steps")]
-        if "--online-steps" in words:
+        if "--online-steps" in flags:
             updates += [(agent, "--online-steps") for agent in ONLINE if agent in job.agents]
         hours = sum(int(flags[steps]) / rates[update] / 3600 for update, steps in updates if update in rates)
         unknown |= {update for update, _ in updates} - rates.keys()

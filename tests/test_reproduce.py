@@ -274,6 +274,38 @@ def test_a_run_that_a_signal_ends_is_tried_again(tmp_path, monkeypatch):
     assert (tmp_path / "tried").exists()
 
 
+SAYS_WHAT_IT_SEES = """
+import os, pathlib, sys
+run = pathlib.Path(sys.argv[-1], "run")
+run.mkdir(parents=True)
+(run / "metrics.csv").write_text("step,name,value\\n")
+(run / "result.json").write_text('{"gpus": "' + os.environ.get("CUDA_VISIBLE_DEVICES", "all") + '"}')
+"""
+
+
+def test_a_run_without_a_share_of_a_gpu_sees_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as Ray says it to a run that has one
+    (tmp_path / "x.py").write_text(SAYS_WHAT_IT_SEES)
+    for share, seen in (0, ""), (0.2, "3"):
+        outcome = reproduce.execute("python x.py", None, None, 1, share)
+        assert (outcome["error"], outcome["result"]) == (None, {"gpus": seen})
+        assert outcome["host"] == reproduce.describe_machine()
+
+
+def test_a_fit_that_differs_from_the_one_before_is_named(tmp_path):
+    """A table's later runs may be over a quantizer that another machine has fitted than that of its earlier ones."""
+    job = reproduce.Job("python x.py", "hopper", "mixture", 0, {"saq_bc": "prior"})
+    table = reproduce.Table(tmp_path / "t.csv")
+    outcome = dict(logged={}, host="here", result={"saq_bc": {"score": 7.0}, "data_score": 50.0, "provenance": "w"})
+    outcome["logged"] = {f"saq_bc/{what}": ([1], [7.0]) for what in ("score", "seconds")}
+    outcome["logged"]["quantizer/seconds"] = [1], [2.0]
+    table.add(job, outcome, None, "abc")
+    assert table.compare(job, outcome) is None
+    outcome["result"]["saq_bc"]["score"] = 7.25
+    assert table.compare(job, outcome).endswith("hopper prior mixture 0 scores 7.25, not 7")
+
+
 def test_what_a_row_says(tmp_path):
     job = reproduce.Job("python x.py", "hopper", "mixture", 0, {"saq_bc": "saq_bc", "bc": "bc"}, "fit")
     logged = {}
@@ -380,15 +412,31 @@ def test_which_table_a_result_goes_to(tmp_path):
     assert reproduce.default_table(options).name == "small.csv"
     assert reproduce.default_table(reproduce.Options("small", steps=200)).name == "small-200-steps.csv"
     assert reproduce.default_table(reproduce.Options("table1", paper=True)).name == "table1-paper.csv"
+    assert reproduce.default_table(reproduce.Options("small", first_seed=3)).name == "small-from-seed-3.csv"
     with pytest.raises(UserError, match="with --flags, pass a --table"):
         reproduce.check(reproduce.Options("small", flags="--lr 1"))
     reproduce.check(reproduce.Options("small", flags="--act sample", table=tmp_path / "t.csv"))
 
 
-@pytest.mark.parametrize("flags", ["--seed 7", "--lr 1 --dataset-path x.hdf5", "--env=none", "--dataset_path=x"])
-def test_flags_that_are_not_for_the_user(flags, tmp_path):
-    with pytest.raises(UserError, match="--flags must leave --(seed|dataset-path|env) to this program"):
-        reproduce.check(reproduce.Options("small", flags=flags, table=tmp_path / "t.csv"))
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("--seed 7", "seed"), ("--lr 1 --dataset-path x.hdf5", "dataset-path"), ("--env=none", "env")]
+    + [("--dataset_path=x", "dataset-path"), ("--no-compare", "no-compare"), ("--use-prior", "use-prior")]
+    + [("--quantizer aquadem", "quantizer"), ("--num_codes=8", "num-codes")],  # the plan has it as a variant
+)
+def test_flags_that_are_not_for_the_user(flags, name, tmp_path):
+    with pytest.raises(UserError, match=f"--flags must leave --{name} to this program"):
+        reproduce.check(reproduce.Options("table4", flags=flags, table=tmp_path / "t.csv"))
+    with pytest.raises(UserError, match="--vq-steps must be followed by a whole number"):
+        reproduce.check(reproduce.Options("table4", flags="--lr 16 --vq_steps=many", table=tmp_path / "t.csv"))
+    reproduce.check(reproduce.Options("table4", flags="--lr 16 --vq-steps 1_000", table=tmp_path / "t.csv"))
+
+
+def test_budget_in_flags_counts_however_it_is_written():
+    for flags in ("--steps=200 --vq_steps 7", "--steps 200 --vq-steps=7"):
+        (fit, run) = plan("small", tasks=(reproduce.MAZE,), agents=("saq_cql",), quantizers=("mixture",), flags=flags)
+        assert reproduce.budget_of(run) == {"--steps": "200", "--vq-steps": "7", "--eval-every": "1000"}
+        assert reproduce.budget_of(fit) == {"--vq-steps": "7", "--eval-every": "1000"}
 
 
 def test_the_commit_is_of_the_code_not_of_results(tmp_path, monkeypatch):
@@ -409,6 +457,8 @@ def test_the_commit_is_of_the_code_not_of_results(tmp_path, monkeypatch):
     assert reproduce.describe_commit() == clean
     (tmp_path / "code.py").write_text("2")
     assert reproduce.describe_commit() == f"{clean}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert reproduce.describe_commit() == ""  # no git
 
 
 def test_a_table_of_other_commands_is_refused(undisturbed, tmp_path):
