@@ -410,6 +410,8 @@ def write_page(name, runs, options):
     page = [f"# {name}", "", "; ".join(origin) + ".", "", RULES, *(f"- {note}" for note in notes_on_data(runs)), ""]
     page += ["## Mean of the last five evaluations", "", *make_table(runs, lambda run: run.score, options.reps), ""]
     page += ["## By time", "", TIME_RULES]
+    if len({run.host for run in runs}) > 1:
+        page += ["These runs are of several machines (`host` in the CSV), and so are their seconds.", ""]
     for minutes in options.minutes:
         page += [f"### After {minutes:g} minute{'s' * (minutes != 1)} of one core", ""]
         page += [*make_table(runs, partial(score_after, seconds=60 * minutes), options.reps), ""]
@@ -505,13 +507,13 @@ def learning_curves(runs, over):
     priors = [run for run in runs if run.agent == "prior"]  # which have no course: lines in the panels of others
     runs = [run for run in runs if run.agent != "prior"]
     tasks = list(dict.fromkeys(run.task for run in runs))
-    names = list(dict.fromkeys(family(run.agent) for run in sorted(runs, key=rank)))
     for top in range(0, len(tasks), PAGE[1]):
+        rows = tasks[top : top + PAGE[1]]
+        own = [run for run in runs if run.task in rows]
+        names = list(dict.fromkeys(family(run.agent) for run in sorted(own, key=rank)))
         for left in range(0, len(names), PAGE[0]):
-            rows, columns = tasks[top : top + PAGE[1]], names[left : left + PAGE[0]]
-            shown = [run for run in runs if run.task in rows and family(run.agent) in columns]
-            if shown:
-                yield curves_page(shown, priors, rows, columns, over)
+            columns = names[left : left + PAGE[0]]
+            yield curves_page([run for run in own if family(run.agent) in columns], priors, rows, columns, over)
 
 
 def curves_page(runs, priors, tasks, names, over):

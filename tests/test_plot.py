@@ -369,6 +369,15 @@ def test_nothing_overlaps(over):
     assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 + 1 for box in boxes)
 
 
+def test_a_table_that_is_not_full_yet():
+    """A page has the families that its tasks have; nobody on the last page has trained more than one."""
+    rows = [row(f"task{i}", agent, "", 0, 50.0) for i in range(6) for agent in ("cql", "iql", "bc")]
+    for over in ("steps", "seconds"):
+        first, last = plot.learning_curves(runs_of(*rows, row("task6", "bc", "", 0, 50.0)), over)
+        assert [panel.get_title() for panel in first.axes[:3]] == ["CQL", "IQL", "BC"]
+        assert [panel.get_title() for panel in last.axes] == ["BC"]
+
+
 def test_every_agent_of_a_panel_looks_otherwise():
     agents = [("saq_bc", kind) for kind in plot.QUANTIZERS] + [(twin, "") for twin in ("bc", "gaussian_bc", "bc_gmm")]
     looks = [tuple(plot.look(run).values()) for run in runs_of(*(row("t", *agent, 0, 1.0) for agent in agents))]
