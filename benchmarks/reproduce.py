@@ -289,8 +289,9 @@ def flags_of_fit(flags):
 
 def execute(command, fit, data, threads, gpus=0):
     """Runs a command in a process of its own, from the folder of the scripts. `fit` is what the run that fitted its
-    quantizer returned. Returns a dict: error, a sentence or None, and where there is none the machine, the result, the
-    logged numbers {name: (steps, values)}, and of a run that fits a quantizer its checkpoint, as bytes."""
+    quantizer returned; without a share of `gpus`, it sees none. Returns a dict: error, a sentence or None, and where
+    there is none the machine, the result, the logged numbers {name: (steps, values)}, and of a run that fits a
+    quantizer its checkpoint, as bytes."""
     if fit is not None and fit["error"]:
         return {"error": "its quantizer has not been fitted"}
     words = command.split()[1:]
