@@ -190,7 +190,7 @@ def test_the_scores_that_results_md_names():
     import plot
 
     known = set()
-    for table in ("small", "seeds", "codes", "no-decay"):
+    for table in ("small", "seeds", "codes", "no-decay", "width"):
         runs = plot.read(RESULTS / f"{table}.csv")
         priors = {(run.task, run.quantizer, run.seed): run.score for run in runs if run.agent == "prior"}
         for task in {run.task for run in runs}:
