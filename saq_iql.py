@@ -213,8 +213,8 @@ def best_of(q, p, n):
     order = q.argsort(1)
     up_to = p.gather(1, order).cumsum(1)  # (B, K), in the order of rising q
     all_up_to = (up_to / up_to[:, -1:]) ** n
-    chances = all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1])).clamp(min=0)  # rounding may leave less
-    return torch.zeros_like(p).scatter(1, order, chances)
+    chances = all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1])).clamp(min=0)  # rounding may leave less,
+    return torch.zeros_like(p).scatter(1, order, chances).where(p > 0, 0.0)  # and something where p has nothing
 
 
 # --- Continuous IQL ---

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import h5py
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,8 @@ DEVICES_SEEN = os.environ.get("CUDA_VISIBLE_DEVICES")  # before this suite hid t
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite tests the CPU, bit for bit
 os.environ["OMP_NUM_THREADS"] = "1"  # its runs are tiny: threads would wait for each other
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeats", derandomize=True)  # a suite has the same examples in every run
+hypothesis.settings.load_profile("repeats")
 
 
 def pytest_addoption(parser):
