@@ -213,8 +213,9 @@ def best_of(q, p, n):
     order = q.argsort(1)
     up_to = p.gather(1, order).cumsum(1)  # (B, K), in the order of rising q
     all_up_to = (up_to / up_to[:, -1:]) ** n
-    chances = all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1])).clamp(min=0)  # rounding may leave less,
-    return torch.zeros_like(p).scatter(1, order, chances).where(p > 0, 0.0)  # and something where p has nothing
+    chances = all_up_to.diff(dim=1, prepend=torch.zeros_like(p[:, :1]))
+    # Rounding may leave a chance below 0, or one above 0 where p is 0.
+    return torch.zeros_like(p).scatter(1, order, chances).clamp(min=0).where(p > 0, 0.0)
 
 
 # --- Continuous IQL ---

@@ -172,7 +172,7 @@ class Options:
     agents: tuple[str, ...] = ()  # only runs that train one of these agents, with the twins that these runs have
     quantizers: tuple[str, ...] = ()  # over these quantizers only
     seeds: int = 3  # how many seeds of every run
-    first_seed: int = 0  # the first of them: with 3, runs on seeds that no setting was chosen with
+    first_seed: int = 0  # the first of them: with 6, runs on seeds that no setting was chosen with
     steps: int | None = None  # gradient steps of quantizers and agents in place of the budget's, in ten evaluations
     paper: bool = False  # the authors' settings and steps: --plain, 500_000 of the quantizer, 1_000_000 of the agents
     flags: str = ""  # more flags for every run; the fits of quantizers get those of them that saq_bc.py has
@@ -287,7 +287,7 @@ def flags_of_fit(flags):
 # --- One run, on whichever machine Ray has put it ---
 
 
-def execute(command, fit, data, threads, gpus=0):
+def execute(command, fit, data, threads, gpus):
     """Runs a command in a process of its own, from the folder of the scripts. `fit` is what the run that fitted its
     quantizer returned; without a share of `gpus`, it sees none. Returns a dict: error, a sentence or None, and where
     there is none the machine, the result, the logged numbers {name: (steps, values)}, and of a run that fits a
@@ -512,7 +512,8 @@ def run_all(jobs, table, options):
         most = max(node["Resources"].get(name, 0) for node in ray.nodes())
         if number > most:  # Ray would wait for such a machine
             raise UserError(f"no machine has the {number:g} {name} that a run asks for: the largest has {most:g}.")
-    threads, data = max(1, round(options.cpus_per_run)), options.data and str(options.data.resolve())
+    data = options.data and str(options.data.resolve())
+    where = data, max(1, round(options.cpus_per_run)), options.gpus_per_run
 
     fits = Fits(options.fits, data)
     needed = todo | {jobs[command].fit for command in todo}
@@ -520,8 +521,8 @@ def run_all(jobs, table, options):
     for command, job in jobs.items():
         if command not in needed:
             continue
-        kept, arguments = fits.load(command), (command, started[job.fit], data, threads, options.gpus_per_run)
-        started[command] = ray.put(kept) if kept else task.remote(*arguments)
+        kept = fits.load(command)
+        started[command] = ray.put(kept) if kept else task.remote(command, started[job.fit], *where)
         if command in todo or not kept:
             waiting[started[command]] = job
 

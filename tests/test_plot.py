@@ -150,6 +150,15 @@ def test_standard_errors_and_curves_by_hand():
 # --- Tables ---
 
 
+def test_seconds_of_several_machines_are_called_that(toy, rliable):
+    runs, options = plot.read(toy), plot.Options(toy, reps=10)
+    said = "These runs are of several machines"
+    assert said not in plot.write_page("toy", runs, options)
+    page = plot.write_page("toy", [runs[0]._replace(host="there"), *runs[1:]], options)
+    assert "machines here, there." in page
+    assert said in page.split("## By time")[1].split("###")[0]
+
+
 def test_the_page(toy, rliable, tmp_path, capsys, monkeypatch):
     """Word for word, printed and in the file."""
     command = ["plot.py", str(toy), "--reps", "100", "--minutes", "1", "2", "--out", str(tmp_path / "out")]

@@ -229,3 +229,30 @@ def test_what_results_md_says_of_ogbench():
     assert max(step[score > runs[0].data_score][0] for step, score in curves) == 8_000
     assert "passes the data's own rate within 8,000 steps on every seed" in text
     assert min(run.score for run in cql[1:]) > cql[0].score  # with which settings were chosen
+
+
+def test_what_results_md_says_of_width():
+    """Its table, layers of 512 from the six datasets' and of 256 from its own; and the gaps to twins beside it."""
+    pytest.importorskip("rliable", reason="requirements-benchmarks.txt is not installed")
+    import plot
+
+    text = (ROOT / "docs" / "results.md").read_text().split("### Width")[1].split("\n### ")[0]
+    runs = {width: plot.read(RESULTS / f"{name}.csv") for width, name in ((512, "small"), (256, "width"))}
+    tasks = ["hopper-medium-v2", "hopper-medium-replay-v2", "halfcheetah-medium-replay-v2"]
+
+    def cells(width, label):
+        own = [[run.score for run in runs[width] if (run.task, run.label) == (task, label)] for task in tasks]
+        return [plot.mean_and_error(scores) for scores in own]
+
+    gaps = []
+    for agent in ("cql", "iql"):
+        for width, name in ((512, f"saq_{agent}, mixture"), (256, "")):
+            row = " | ".join("{:.1f} ± {:.1f}".format(*cell) for cell in cells(width, f"saq_{agent}, mixture"))
+            assert re.search(rf"\| {name} ?\| {width} \| {re.escape(row)} \|", text)
+        wide, twin = cells(512, f"saq_{agent}, mixture"), cells(512, agent)
+        gaps.append([f"{a[0] - b[0]:.0f}" for a, b in zip(wide, twin, strict=True)])
+    (_, hopper_cql, cheetah_cql), (_, hopper_iql, cheetah_iql) = gaps
+    words = f"{hopper_cql} and {hopper_iql} points on hopper's, {cheetah_cql} and {cheetah_iql} on halfcheetah's"
+    assert words in " ".join(text.split())
+    fallen = [run for run in runs[256] if run[:4] == (tasks[1], "saq_cql", "mixture", 2)][0].curves["score"]
+    assert (round(fallen[-4]), round(fallen[-2])) == (100, 58)

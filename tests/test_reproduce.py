@@ -269,7 +269,7 @@ if not pathlib.Path("tried").exists():
 def test_a_run_that_a_signal_ends_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.py").write_text(KILLED_ONCE)
-    outcome = reproduce.execute("python x.py", None, None, 1)
+    outcome = reproduce.execute("python x.py", None, None, 1, 0)
     assert (outcome["error"], outcome["logged"]) == (None, {"a/score": ([1], [2.5])})
     assert (tmp_path / "tried").exists()
 
@@ -304,6 +304,64 @@ def test_a_fit_that_differs_from_the_one_before_is_named(tmp_path):
     assert table.compare(job, outcome) is None
     outcome["result"]["saq_bc"]["score"] = 7.25
     assert table.compare(job, outcome).endswith("hopper prior mixture 0 scores 7.25, not 7")
+
+
+class FakeRay:
+    """What run_all needs of Ray, at once and in this process."""
+
+    class Reference:
+        def __init__(self, value):
+            self.value = value
+
+    put = Reference
+
+    def __init__(self):
+        self.init = self.shutdown = lambda *_, **__: None
+        self.nodes = lambda: [{"Resources": {"CPU": 4, "GPU": 1}}]
+        self.wait = lambda references: (references[:1], references[1:])
+
+    def remote(self, function):
+        self.function = function
+        return SimpleNamespace(options=self.options)
+
+    def options(self, **shares):
+        self.shares = shares
+        return SimpleNamespace(remote=lambda *words: self.Reference(self.function(*map(self.get, words))))
+
+    def get(self, what):
+        found = [self.get(one) for one in what] if isinstance(what, list) else what
+        return found.value if isinstance(found, self.Reference) else found
+
+
+def test_what_runs_are_told(tmp_path, monkeypatch, capsys):
+    """Their share of a GPU, threads, data and fit; a quantizer that is fitted again and scores otherwise is named."""
+    told, ray, score = {}, FakeRay(), 7.0
+
+    def execute(command, fit, data, threads, gpus):
+        told[command] = fit, data, threads, gpus
+        agent = "saq_bc" if "--use-prior" in command else "saq_cql"
+        logged = {name: ([1], [1.0]) for name in (f"{agent}/score", f"{agent}/seconds", "quantizer/seconds")}
+        result = {agent: {"score": score}, "data_score": 50.0, "provenance": "whence"}
+        return dict(error=None, host="here", logged=logged, result=result, checkpoint=b"abc" * (agent == "saq_bc"))
+
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(reproduce, "execute", execute)
+    more = dict(tasks=(reproduce.MAZE,), agents=("saq_cql",), quantizers=("mixture",), seeds=1, data=tmp_path)
+    options = reproduce.Options("small", **more, cpus_per_run=2.0, gpus_per_run=0.2, fits=tmp_path / "fits")
+    jobs, table = reproduce.make_jobs(options), reproduce.Table(tmp_path / "t.csv")
+    assert reproduce.run_all(jobs, table, options) == {}
+    assert ray.shares == dict(num_cpus=2.0, num_gpus=0.2, max_retries=3)
+    (fit, run), at = jobs, (str(tmp_path), 2, 0.2)
+    assert told[fit] == (None, *at)
+    assert told[run][0]["checkpoint"] == b"abc"
+    assert told[run][1:] == at
+    assert [row["agent"] for row in table.rows] == ["prior", "saq_cql"]
+    assert "fitted again" not in capsys.readouterr().out
+    table.rows, score = table.rows[:1], 7.25  # a run is lost, and the fit that it needs
+    shutil.rmtree(tmp_path / "fits")
+    assert reproduce.run_all(jobs, table, options) == {}
+    assert f"fitted again on another machine or by other code: {reproduce.MAZE} prior" in capsys.readouterr().out
+    assert [(row["agent"], row["final"]) for row in table.rows] == [("prior", "7"), ("saq_cql", "7.25")]
 
 
 def test_what_a_row_says(tmp_path):
@@ -388,7 +446,7 @@ def test_a_run_that_signals_end_again_and_again_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kill = "import os, signal, sys; sys.stderr.write('saq_cql: 45%'); os.kill(os.getpid(), signal.SIGKILL)"
     (tmp_path / "x.py").write_text(kill)
-    assert "ended three times by SIGKILL" in reproduce.execute("python x.py", None, None, 1)["error"]
+    assert "ended three times by SIGKILL" in reproduce.execute("python x.py", None, None, 1, 0)["error"]
 
 
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b"task,agent\n", b"HEAD\nhopper,cql\n"])
@@ -427,6 +485,9 @@ def test_which_table_a_result_goes_to(tmp_path):
 def test_flags_that_are_not_for_the_user(flags, name, tmp_path):
     with pytest.raises(UserError, match=f"--flags must leave --{name} to this program"):
         reproduce.check(reproduce.Options("table4", flags=flags, table=tmp_path / "t.csv"))
+
+
+def test_steps_in_flags_are_numbers(tmp_path):
     with pytest.raises(UserError, match="--vq-steps must be followed by a whole number"):
         reproduce.check(reproduce.Options("table4", flags="--lr 16 --vq_steps=many", table=tmp_path / "t.csv"))
     reproduce.check(reproduce.Options("table4", flags="--lr 16 --vq-steps 1_000", table=tmp_path / "t.csv"))
@@ -434,7 +495,7 @@ def test_flags_that_are_not_for_the_user(flags, name, tmp_path):
 
 def test_budget_in_flags_counts_however_it_is_written():
     for flags in ("--steps=200 --vq_steps 7", "--steps 200 --vq-steps=7"):
-        (fit, run) = plan("small", tasks=(reproduce.MAZE,), agents=("saq_cql",), quantizers=("mixture",), flags=flags)
+        fit, run = plan("small", tasks=(reproduce.MAZE,), agents=("saq_cql",), quantizers=("mixture",), flags=flags)
         assert reproduce.budget_of(run) == {"--steps": "200", "--vq-steps": "7", "--eval-every": "1000"}
         assert reproduce.budget_of(fit) == {"--vq-steps": "7", "--eval-every": "1000"}
 
